@@ -1,0 +1,55 @@
+# Everything a newcomer needs; each target sets up what it uses.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+BIN := .venv/bin
+SOURCE ?=
+export SOURCE
+export DAGSTER_HOME := $(CURDIR)/.dagster
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# oversubscribed OpenMP threads can be many times slower than one
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-all lint fmt types bench ui board clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: ## make .venv and .venv-dvc from the lock files
+	@tools/setup
+
+demo: setup ## pictures in, an evaluated backbone out; SOURCE=folder:/my/pictures for your own
+	@tools/demo
+
+test: setup lint types ## lint, types, import contracts, tests
+	$(TEST) -m "not slow"
+
+test-all: setup lint types ## the tests with the long fault matrices
+	$(TEST)
+
+lint: setup ## style, spelling, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+
+types: setup ## static types
+	$(BIN)/mypy
+
+fmt: setup ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## speed as ratios in one run, one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m dinov3.bench
+
+ui: setup ## Dagster on loopback, state in .dagster
+	@mkdir -p .dagster
+	@cp -n orchestration/dagster.yaml .dagster/dagster.yaml || true
+	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p 3000
+
+board: setup ## TensorBoard on loopback
+	$(BIN)/tensorboard --logdir data --host 127.0.0.1 --port 6006
+
+clean: ## remove what was made (environments and fetched pictures stay)
+	rm -rf .dagster .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .cache
+	find data -mindepth 1 -maxdepth 1 ! -name README.md ! -name stamps -exec rm -rf {} +

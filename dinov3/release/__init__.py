@@ -1,0 +1,1 @@
+"""The reading side of lineage: standard library only."""

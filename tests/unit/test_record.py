@@ -1,0 +1,90 @@
+"""Records: canonical bytes, strict reading."""
+
+import json
+
+import pytest
+
+from dinov3.release.record import (
+    SCHEMA,
+    Edge,
+    Output,
+    Record,
+    RecordError,
+    canonical_json,
+    digest_of,
+    parse_json,
+    read_record,
+)
+
+A, B = "a" * 64, "b" * 64
+
+
+def a_record(**changes):
+    fields = {
+        "stage": "curated_dataset",
+        "inputs": (Edge("manifest", "manifest.parquet", A, B), Edge("source", "folder", B, None)),
+        "config": {"seed": 0, "lr": 0.001},
+        "config_digest": A,
+        "code": A,
+        "environment": B,
+        "outputs": {"x.parquet": Output(A, 3), "w.safetensors": Output(B, 4, A)},
+        "seeds": {"seed": 0},
+        "licences": {"in": ("MIT",), "out": ("MIT",)},
+    }
+    return Record(**{**fields, **changes})
+
+
+def test_record_survives_writing_and_reading(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_bytes(a_record().to_bytes())
+    assert read_record(path) == a_record()
+
+
+def test_equal_content_gives_equal_bytes_whatever_the_key_order():
+    assert canonical_json({"b": 1, "a": "ü"}) == canonical_json({"a": "ü", "b": 1})
+    assert canonical_json({"b": 1, "a": "ü"}) == '{"a":"ü","b":1}\n'.encode()
+    assert digest_of([1]) != digest_of([2])
+
+
+def test_nan_cannot_be_recorded():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"x": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'{"a":1,"a":2}', "stands twice"),
+        (b'{"a":NaN}', "not a number JSON knows"),
+        (b"{", "not readable as JSON"),
+        (b"\xff", "not readable as JSON"),
+        (b"[" * 100_000, "not readable as JSON"),
+    ],
+)
+def test_ambiguous_json_is_refused(text, reason):
+    with pytest.raises(RecordError, match=reason):
+        parse_json(text)
+
+
+def test_unknown_schema_is_refused(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_bytes(a_record(schema="dinov3.record/9").to_bytes())
+    with pytest.raises(RecordError, match=f"schema is not {SCHEMA}, got 'dinov3.record/9'"):
+        read_record(path)
+
+
+@pytest.mark.parametrize("field", ["stage", "inputs", "outputs", "licences", "code"])
+def test_missing_field_is_refused(tmp_path, field):
+    raw = json.loads(a_record().to_bytes())
+    del raw[field]
+    path = tmp_path / "record.json"
+    path.write_bytes(canonical_json(raw))
+    with pytest.raises(RecordError, match="missing or of the wrong kind"):
+        read_record(path)
+
+
+def test_digest_that_is_not_hexadecimal_is_refused(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_bytes(a_record(outputs={"x": Output("../etc", 1)}).to_bytes())
+    with pytest.raises(RecordError, match="not a sha256"):
+        read_record(path)

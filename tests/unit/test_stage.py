@@ -1,0 +1,97 @@
+"""The frame of a stage: whole outputs or none, inputs checked byte by byte."""
+
+import json
+
+import pytest
+
+from dinov3.errors import DataError, LineageBroken
+from dinov3.release.record import file_sha256, read_record
+from dinov3.stage import atomic_write, open_stage
+
+
+def make_upstream(root):
+    with open_stage("up", root / "up", config={"n": 1}) as stage:
+        stage.read_root("source", "folder", "c" * 64, {"MIT"})
+        stage.path("table.parquet").write_bytes(b"rows")
+    return root / "up" / "table.parquet"
+
+
+def test_edge_names_role_bytes_and_upstream_record(tmp_path):
+    table = make_upstream(tmp_path)
+    with open_stage("down", tmp_path / "down", config={}) as stage:
+        stage.read("manifest", table)
+        stage.path("out.txt").write_text("x")
+    (edge,) = read_record(tmp_path / "down" / "record.json").inputs
+    assert (edge.role, edge.name) == ("manifest", "table.parquet")
+    assert edge.sha256 == file_sha256(table)
+    assert edge.record == file_sha256(table.parent / "record.json")
+
+
+def test_licences_flow_from_input_to_output(tmp_path):
+    table = make_upstream(tmp_path)
+    with open_stage("down", tmp_path / "down", config={}) as stage:
+        stage.read("manifest", table)
+    assert read_record(tmp_path / "down" / "record.json").licences["out"] == ("MIT",)
+
+
+def test_one_changed_byte_of_an_input_stops_the_stage(tmp_path):
+    table = make_upstream(tmp_path)
+    table.write_bytes(b"rowz")
+    with (
+        pytest.raises(LineageBroken, match="bytes differ from the record"),
+        open_stage("down", tmp_path / "down", config={}) as stage,
+    ):
+        stage.read("manifest", table)
+    assert not (tmp_path / "down").exists()
+
+
+def test_missing_input_names_the_way_to_make_it(tmp_path):
+    with (
+        pytest.raises(DataError, match="Make it first: dvc repro up"),
+        open_stage("down", tmp_path / "down", config={}) as stage,
+    ):
+        stage.read("manifest", tmp_path / "up" / "table.parquet")
+
+
+def test_failure_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError, match="boom"), open_stage("s", tmp_path / "s", config={}) as s:
+        s.path("half.txt").write_text("half")
+        raise RuntimeError("boom")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_of_the_same_inputs_give_the_same_record(tmp_path):
+    records = []
+    for name in ("one", "two"):
+        with open_stage("s", tmp_path / name, config={"a": [1, 2]}) as stage:
+            stage.path("x.txt").write_text("x")
+            stage.run_facts = {"device": name}
+        records.append((tmp_path / name / "record.json").read_bytes())
+    assert records[0] == records[1]
+
+
+def test_times_stay_out_of_the_record_and_are_named_by_the_run(tmp_path):
+    with open_stage("s", tmp_path / "s", config={}) as stage:
+        stage.path("events.jsonl").write_text('{"time": 1}\n')
+        stage.path("x.txt").write_text("x")
+    record = read_record(tmp_path / "s" / "record.json")
+    run = json.loads((tmp_path / "s" / "run.json").read_text())
+    assert set(record.outputs) == {"x.txt"}
+    assert run["record"] == file_sha256(tmp_path / "s" / "record.json")
+    assert run["beside"]["events.jsonl"] == file_sha256(tmp_path / "s" / "events.jsonl")
+
+
+def test_record_holds_no_absolute_path(tmp_path):
+    table = make_upstream(tmp_path)
+    with open_stage("down", tmp_path / "down", config={}) as stage:
+        stage.read("manifest", table)
+    for name in ("record.json", "run.json"):
+        assert str(tmp_path) not in (tmp_path / "down" / name).read_text()
+
+
+def test_atomic_write_replaces_whole_files_only(tmp_path):
+    path = tmp_path / "x"
+    atomic_write(path, b"old")
+    atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
