@@ -1,4 +1,4 @@
-"""Entry: `python -m dinov3 VERB …`; light verbs load neither torch nor the command line's library."""
+"""Entry: `python -m dinov3 VERB …`; light verbs load neither torch nor the command line library."""
 
 import sys
 
@@ -11,7 +11,7 @@ def main() -> int:
 
         return lineage(arguments[1:])
     if arguments[:1] == ["source"]:
-        from dinov3.data.sources.fingerprint import main as source
+        from dinov3.data.sources.verb import main as source
 
         return source(arguments[1:])
     from dinov3.cli import run

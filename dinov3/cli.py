@@ -1,7 +1,7 @@
 """The command line: verb -> module, each imported when called.
 
 Stages (their command lines stand in dvc.yaml): manifest, embeddings, curate, train, report.
-For people: config, calibrate, stamps, eval, embed, summary; and `lineage`, `source` in __main__.
+For people: config, stamps, calibrate, eval, embed, summary; `lineage` and `source` in __main__.
 Exit codes: 0 done, 1 lineage broken, 2 cannot be done as asked, 3 refused by its own checks,
 130 interrupted and resumable.
 """
@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dinov3.config import Section, TrainConfig, config_digest, dump, load_recipe
+from dinov3.config import Section, TrainConfig, config_digest, dump
 from dinov3.errors import DataError, DinoError
+from dinov3.recipe import load_recipe
 
 app = typer.Typer(
     name="dinov3",
@@ -185,6 +186,94 @@ def report(
         output=output,
         config=tree,
     )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder of a trained model, or a hub name.")],
+    train: Annotated[str, typer.Option(help="Labelled pictures to look at: folder or kind:path.")],
+    weights: Annotated[Path | None, typer.Option(help="File of a hub model's weights.")] = None,
+    test: Annotated[str | None, typer.Option(help="Pictures to judge; else half of train.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for report.json and .html.")] = None,
+    recipe: Recipe = "default",
+    overrides: Overrides = None,
+) -> None:
+    """Judge any weights on any labelled folder, baselines beside them."""
+    from dinov3.evals.folder import evaluate_folder
+    from dinov3.evals.report import knn_summary
+
+    found = evaluate_folder(
+        model=model,
+        weights=weights,
+        train=_spec(train),
+        test=_spec(test) if test else None,
+        output=output,
+        config=_recipe(recipe, overrides, "evals"),
+    )
+    print(knn_summary(found))
+    if output is not None:
+        print(f"report {output / 'report.html'}")
+
+
+@app.command()
+def embed(
+    source: Annotated[str, typer.Argument(help="Pictures: a folder or kind:path.")],
+    model: Annotated[str, typer.Option(help="Folder of a trained model, or a hub name.")],
+    output: Annotated[Path, typer.Option(help="The parquet file.")] = Path("features.parquet"),
+    weights: Annotated[Path | None, typer.Option(help="File of a hub model's weights.")] = None,
+    size: Annotated[int, typer.Option(help="Side of the square the model sees, pixels.")] = 224,
+    batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+) -> None:
+    """Write the CLS features of every picture to parquet."""
+    from dinov3.evals.embed import embed_source
+
+    done = embed_source(
+        source=_spec(source),
+        model=model,
+        weights=weights,
+        output=output,
+        size=size,
+        batch_size=batch_size,
+        device=device,
+    )
+    print(f"{done['num_images']} images, features in {output}")
+
+
+@app.command()
+def calibrate(
+    source: Source, manifest: Manifest, recipe: Recipe = "default", overrides: Overrides = None
+) -> None:
+    """Find an embedder's similarity thresholds on planted copies; write them into the recipe."""
+    import yaml
+
+    from dinov3.curation.calibrate import run_calibration
+
+    tree = _recipe(recipe, overrides, "embeddings")
+    print(yaml.safe_dump(run_calibration(source, manifest, tree), sort_keys=False).rstrip())
+
+
+@app.command()
+def summary(
+    report: Annotated[Path, typer.Argument(help="report.json of an eval_reports stage.")],
+) -> None:
+    """Print a report's k-NN beside its baselines, and where to look."""
+    import json
+
+    from dinov3.evals.report import knn_summary
+
+    if not report.is_file():
+        msg = f"{report}: no report there. Make it first: dvc repro."
+        raise DataError(msg)
+    print(knn_summary(json.loads(report.read_text(encoding="utf-8"))))
+    print(f"\nreport       {report.with_suffix('.html')}")
+    print("TensorBoard  make board   Dagster  make ui")
+    print("lineage      python -m dinov3 lineage data/pretrained_checkpoint")
+
+
+def _spec(text: str) -> str:
+    """A bare path means a folder."""
+    return text if ":" in text.partition("/")[0] else f"folder:{text}"
 
 
 def _recipe(name: str, overrides: list[str] | None, phase: str) -> Any:

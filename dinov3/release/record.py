@@ -1,8 +1,8 @@
 """Lineage records: what a stage read, what it was told, what it wrote.
 
 `record.json` holds only what the inputs determine; `run.json` beside it says when and where. An
-edge names an input by role, file name, sha256 of its bytes and sha256 of the record that made it: by the
-artifact alone, a record with kinder claims over the same bytes would pass.
+edge names an input by role, file name, sha256 of its bytes and sha256 of the record that made it:
+by the artifact alone, a record with kinder claims over the same bytes would pass.
 """
 
 import hashlib

@@ -2,15 +2,9 @@
 
 import pytest
 
-from dinov3.config import (
-    TrainConfig,
-    config_digest,
-    dump,
-    load_recipe,
-    recipe_families,
-    type_of_phase,
-)
+from dinov3.config import TrainConfig, config_digest, dump, type_of_phase
 from dinov3.errors import ConfigError
+from dinov3.recipe import RECIPES, load_recipe, recipe_families
 
 
 def a_recipe(folder, text, name="mine.yaml"):
@@ -30,8 +24,6 @@ def test_every_shipped_recipe_resolves(family, phase):
 def test_no_recipe_repeats_a_value_of_its_parent(family, phase):
     """A recipe is a diff: every key it sets changes something."""
     import yaml
-
-    from dinov3.config import RECIPES
 
     own = yaml.safe_load((RECIPES / family / f"{phase}.yaml").read_text())
     parent = load_recipe(own.pop("extends")).model_dump(mode="json")

@@ -1,0 +1,70 @@
+"""`python -m dinov3 source`: which source the pipeline reads, and what it holds, on one line.
+
+python -m dinov3 source --set folder:/my/pictures
+python -m dinov3 source --refresh        what the dvc wrapper runs before dvc looks around
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+from dinov3.data.sources.fingerprint import RELATIVE_PATH, refresh_from_params
+from dinov3.errors import ConfigError, DinoError
+from dinov3.release.record import canonical_json
+from dinov3.stage import atomic_write
+
+_SOURCE_LINE = re.compile(r'(?m)^source: (?:"[^"]*"|\S+)')
+_UNSAFE = frozenset('"$`\\\n')  # the pipeline writes the source between double quotes
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov3 source", description="Which source the pipeline reads."
+    )
+    parser.add_argument("--refresh", action="store_true", help=f"write {RELATIVE_PATH}")
+    parser.add_argument("--set", metavar="SPEC", help="write the source into params.yaml")
+    parser.add_argument("--source", metavar="SPEC", help="in place of the one in params.yaml")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    options = parser.parse_args(arguments)
+    try:
+        if options.set is not None:
+            set_source(options.params, options.set)
+        elif options.refresh:
+            value = refresh_from_params(options.params, options.source)
+            sys.stdout.write(canonical_json(value).decode())
+        else:
+            sys.stdout.write(f"{current_source(options.params)}\n")
+    except DinoError as error:
+        sys.stderr.write(f"dinov3: {error}\n")
+        return error.exit_code
+    return 0
+
+
+def current_source(params: Path) -> str:
+    """The source that the pipeline's parameter file names."""
+    return str(yaml.safe_load(params.read_text(encoding="utf-8"))["source"])
+
+
+def set_source(params: Path, spec: str) -> None:
+    """Names another source, after a look at it; comments and other parameters stay.
+
+    Raises:
+        ConfigError: The path cannot stand in a command line.
+        DataError: Nothing usable is there.
+    """
+    if unsafe := sorted(_UNSAFE & set(spec)):
+        msg = f"source: cannot stand in a command line, got {unsafe[0]!r} in {spec!r}. Rename it."
+        raise ConfigError(msg)
+    refresh_from_params(params, spec)
+    text = params.read_text(encoding="utf-8")
+    line = f"source: {json.dumps(spec, ensure_ascii=False)}"
+    changed, count = _SOURCE_LINE.subn(lambda _: line, text, count=1)
+    if count != 1:
+        msg = f"{params}: has no line `source: …`, got {text[:60]!r}. Restore it from git."
+        raise ConfigError(msg)
+    atomic_write(params, changed.encode())

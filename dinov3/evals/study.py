@@ -1,0 +1,211 @@
+"""One evaluation from pictures to findings: features once, every protocol, what cannot be judged.
+
+pictures ──► model, random inits, raw pixels ──► k-NN, probes ──► rows, differences
+test pictures ──► two views each ──► the same ──► instance retrieval ┘
+"""
+
+# N pictures of the table, Q test pictures
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from dinov3.config import EvalsConfig
+from dinov3.evals.baselines import MODEL, SUBJECTS, baseline_models
+from dinov3.evals.candidate import Candidate
+from dinov3.evals.collection import Halves, Places
+from dinov3.evals.features import Backbone, Features, Preparation, extract_all
+from dinov3.evals.metrics import mean_cosine, participation_ratio, rankme
+from dinov3.evals.protocols import (
+    KNN,
+    LABELLED_PROTOCOLS,
+    RETRIEVAL,
+    TOP_1,
+    Measure,
+    Results,
+    differences_of,
+    judge_labelled,
+    judge_retrieval,
+    rows_of,
+)
+from dinov3.evals.retrieval import random_view
+
+NEEDS_LABELS = "needs labels (sub-folders): two classes or more, of {} pictures or more each"
+NEEDS_HELD_OUT = "needs at least two held-out pictures"
+
+
+class Gallery(Protocol):
+    """Pictures by their row in the table."""
+
+    def load(self, places: Iterable[int]) -> Iterator[Image.Image]:
+        """Pictures of some rows, in the order asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Study:
+    """What an evaluation found."""
+
+    halves: Halves
+    test: Places  # every held-out row, labelled or not
+    features: Mapping[str, Features]  # of the rows in `places`, by subject and seed
+    places: Places  # the rows that have features, ascending
+    rows: list[dict[str, Any]]
+    differences: list[dict[str, Any]]
+    health: dict[str, float]
+    per_class: list[dict[str, Any]]
+    choices: list[dict[str, Any]]
+    missing: list[dict[str, str]]
+
+
+def run_study(
+    candidate: Candidate,
+    table: pl.DataFrame,
+    pictures: Gallery,
+    halves: Halves,
+    config: EvalsConfig,
+    device: torch.device,
+) -> Study:
+    """Runs every protocol the pictures allow.
+
+    Args:
+        candidate: The model.
+        table: One row per image: path, label, split.
+        pictures: The images of its rows.
+        halves: Its labelled part.
+        config: The recipe.
+        device: Where the model is.
+
+    Raises:
+        DataError: There is no picture at all.
+        ConfigError: The crop does not fit the model.
+    """
+    candidate.require_divisible(config.crop)
+    test = np.flatnonzero((table["split"] == "test").to_numpy())
+    models = {MODEL: candidate.backbone}
+    models |= baseline_models(candidate.untrained, config.num_random_inits)
+    places = _places_needed(table, halves, test)
+    prepare = preparation(candidate, config)
+    images = _watched(pictures.load(places), len(places), "features")
+    features = extract_all(models, images, prepare, config.run.batch_size, device)
+    results, missing = Results(), []
+    if halves.usable:
+        judge_labelled(features, _inside(halves, places), config, results)
+    else:
+        reason = NEEDS_LABELS.format(config.min_per_class)
+        missing += [{"protocol": name, "reason": reason} for name in LABELLED_PROTOCOLS]
+    if len(test) > 1:
+        _retrieve(models, pictures, test, prepare, config, device, results)
+    else:
+        missing.append({"protocol": RETRIEVAL, "reason": NEEDS_HELD_OUT})
+    judged = test if len(test) > 1 else places
+    return Study(
+        halves=halves,
+        test=test,
+        features=features,
+        places=places,
+        rows=rows_of(results, config),
+        differences=differences_of(results, config),
+        health=_health(features[MODEL].cls[np.searchsorted(places, judged)]),
+        per_class=_per_class(results, halves),
+        choices=results.choices,
+        missing=missing,
+    )
+
+
+def preparation(candidate: Candidate, config: EvalsConfig) -> Preparation:
+    """How the recipe shows pictures to the model."""
+    return Preparation(
+        fit=config.fit,
+        resize=config.resize,
+        crop=config.crop,
+        background=config.background,
+        mean=candidate.mean,
+        std=candidate.std,
+    )
+
+
+def headline_k(rows: Iterable[Mapping[str, Any]]) -> int:
+    """The largest number of neighbours that was judged; 0 without labels."""
+    return max((row["k"] for row in rows if row["protocol"] == KNN), default=0)
+
+
+def _places_needed(table: pl.DataFrame, halves: Halves, test: Places) -> Places:
+    needed = np.union1d(np.concatenate([halves.train, halves.test]), test).astype(np.int64)
+    return needed if len(needed) else np.arange(table.height)
+
+
+def _inside(halves: Halves, places: Places) -> Halves:
+    """The halves counted within `places` instead of within the table."""
+    train, test = (np.searchsorted(places, half) for half in (halves.train, halves.test))
+    return Halves(halves.classes, train, test, halves.train_labels, halves.test_labels)
+
+
+def _retrieve(
+    models: Mapping[str, Backbone],
+    pictures: Gallery,
+    test: Places,
+    prepare: Preparation,
+    config: EvalsConfig,
+    device: torch.device,
+    results: Results,
+) -> None:
+    chosen = test[: config.retrieval.num_images]
+    images = _watched(pictures.load(chosen), len(chosen), "views")
+    views = (
+        random_view(image, scale=config.retrieval.scale, seed=config.seed, index=index, view=view)
+        for index, image in enumerate(images)
+        for view in (0, 1)
+    )
+    features = extract_all(models, views, prepare, config.run.batch_size, device)
+    even, odd = np.arange(0, 2 * len(chosen), 2), np.arange(1, 2 * len(chosen), 2)
+    judge_retrieval(
+        {name: both[even] for name, both in features.items()},
+        {name: both[odd] for name, both in features.items()},
+        results,
+    )
+
+
+def _health(cls: np.ndarray) -> dict[str, float]:
+    return {
+        "num_samples": len(cls),
+        "participation_ratio": participation_ratio(cls),
+        "rankme": rankme(cls),
+        "mean_cosine": mean_cosine(cls),
+    }
+
+
+def _per_class(results: Results, halves: Halves) -> list[dict[str, Any]]:
+    """Top-1 of the largest k, class by class, for every subject."""
+    ks = [measure.k for measure in results.values if measure.protocol == KNN]
+    if not ks:
+        return []
+    subjects = results.values[Measure(KNN, TOP_1, max(ks))]
+    rows = []
+    for index, label in enumerate(halves.classes):
+        of_class = halves.test_labels == index
+        row: dict[str, Any] = {
+            "label": label,
+            "num_train": int((halves.train_labels == index).sum()),
+            "num_test": int(of_class.sum()),
+        }
+        if of_class.any():
+            for subject in SUBJECTS:
+                if subject in subjects:
+                    row[subject] = float(np.mean(subjects[subject], axis=0)[of_class].mean())
+        rows.append(row)
+    return rows
+
+
+def _watched(images: Iterable[Image.Image], total: int, what: str) -> Iterable[Image.Image]:
+    """Shows progress with rate and remaining time on standard error."""
+    console = Console(stderr=True)
+    text = f"{what} of {total} pictures"
+    return track(images, description=text, total=total, console=console, transient=True)

@@ -1,0 +1,1 @@
+"""Whole processes: dvc, Dagster, training that is killed."""
