@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL = 0.05  # seconds between two looks at a tree that is ending
+_FOLLOW = 0.5  # seconds between two looks at the dvc that runs us
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -37,13 +39,17 @@ class _Stopped(BaseException):
 
 
 def die_with_parent() -> None:
-    """Asks the kernel for SIGTERM when the parent dies; no-op when started by hand or off Linux.
+    """Sends us SIGTERM when the dvc that runs us dies; no-op for a command started by hand.
 
-    A stage calls it first thing. `dvc` runs the command through a shell, which replaces itself by
-    it: the parent is dvc. By hand (`nohup … &`) a run shall outlive its terminal.
+    A stage calls it first thing. The kernel's own signal for this would miss: between dvc and us
+    may stand a shell that outlives it. By hand (`nohup … &`) a run shall outlive its terminal.
     """
-    if ORCHESTRATED in os.environ:
-        _tie_to(os.getppid())
+    if ORCHESTRATED not in os.environ:
+        return
+    for ancestor in psutil.Process().parents():
+        if _is_dvc(ancestor):
+            threading.Thread(target=_follow, args=(ancestor,), daemon=True).start()
+            return
 
 
 def start(
@@ -123,6 +129,19 @@ def is_running(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def _is_dvc(process: psutil.Process) -> bool:
+    try:
+        return "dvc" in {Path(word).name for word in process.cmdline()[:3]}
+    except psutil.Error:
+        return False
+
+
+def _follow(leader: psutil.Process) -> None:
+    while is_running(leader):
+        time.sleep(_FOLLOW)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _living(processes: Iterable[psutil.Process]) -> set[psutil.Process]:

@@ -122,7 +122,7 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UndecodableImage("decompression bomb") from error
     except _DAMAGE as error:
-        raise UndecodableImage("corrupt", _said(error)) from error
+        raise _damaged(data, error) from error
     if image.width * image.height > max_pixels:
         raise UndecodableImage("decompression bomb", f"{image.width} x {image.height} pixels")
     try:
@@ -130,16 +130,16 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:  # a frame larger than the header said
         raise UndecodableImage("decompression bomb") from error
     except _DAMAGE as error:
-        text = _said(error)
-        reason = "truncated" if _is_cut_short(data, text) else "corrupt"
-        raise UndecodableImage(reason, text) from error
+        raise _damaged(data, error) from error
     return image
 
 
-def _is_cut_short(data: bytes, text: str) -> bool:
+def _damaged(data: bytes, error: BaseException) -> UndecodableImage:
+    text = _said(error)
+    is_cut_short = any(part in text.lower() for part in ("truncated", "not enough image data"))
     if data.startswith(b"RIFF"):  # the reader of WebP does not say what was wrong
-        return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    return any(word in text.lower() for word in ("truncated", "not enough image data"))
+        is_cut_short = int.from_bytes(data[4:8], "little") + 8 > len(data)
+    return UndecodableImage("truncated" if is_cut_short else "corrupt", text)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

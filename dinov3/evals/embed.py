@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dinov3.device import choose_device
 from dinov3.errors import DataError
 from dinov3.evals.candidate import open_candidate
-from dinov3.evals.features import Preparation, choose_device, extract
+from dinov3.evals.features import Preparation, extract
 from dinov3.evals.folder import SourceImage, read_images
 
 _WHITE = (255, 255, 255)

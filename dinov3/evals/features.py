@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from dinov3.data.decode import composite
-from dinov3.errors import ConfigError, DataError
+from dinov3.errors import DataError
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -167,21 +167,6 @@ def extract_all(
         msg = "features: nothing to look at, got 0 pictures. Choose a source with pictures."
         raise DataError(msg)
     return {name: _join(pieces) for name, pieces in parts.items()}
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator where there is one.
-
-    Raises:
-        ConfigError: The named device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        msg = f"run.device: not usable here, got {name!r} ({error}). Set run.device=auto."
-        raise ConfigError(msg) from error
 
 
 def _batches(

@@ -20,10 +20,10 @@ from dinov3.config import EvalsConfig, dump
 from dinov3.data.decode import UndecodableImage, decode_image, pixel_digest
 from dinov3.data.sources import ImageSource, open_source, require_images
 from dinov3.data.sources.paths import reason_of
+from dinov3.device import choose_device
 from dinov3.errors import DataError
 from dinov3.evals.candidate import CONFIG_NAME, Candidate, open_candidate
 from dinov3.evals.collection import JoinedPictures, Pictures, labelled_halves, require_no_overlap
-from dinov3.evals.features import choose_device
 from dinov3.evals.report import build_report, gather_pieces, write_report
 from dinov3.evals.study import run_study
 from dinov3.release.record import RECORD_NAME, digest_of, file_sha256

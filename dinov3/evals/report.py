@@ -12,12 +12,12 @@ from typing import Any
 import polars as pl
 
 from dinov3.config import EvalsConfig, config_digest, dump
+from dinov3.device import choose_device
 from dinov3.errors import DataError
 from dinov3.evals.baselines import MODEL, SUBJECTS
 from dinov3.evals.candidate import BACKBONE_NAME, CONFIG_NAME, Candidate, open_candidate
 from dinov3.evals.collection import COLUMNS, Pictures, labelled_halves, require_no_overlap
 from dinov3.evals.curves import read_curves
-from dinov3.evals.features import choose_device
 from dinov3.evals.page import Pieces, render_page
 from dinov3.evals.pictures import neighbour_rows, patch_pictures
 from dinov3.evals.protocols import KNN, TOP_1

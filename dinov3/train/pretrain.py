@@ -20,6 +20,7 @@ from dinov3.config import TrainConfig, dump
 from dinov3.data.loader import ImageSet
 from dinov3.data.sources import open_source
 from dinov3.data.sources.images import SourceImages
+from dinov3.device import choose_device
 from dinov3.errors import CheckpointError, DataError, TrainingDiverged
 from dinov3.release.record import (
     RECORD_NAME,
@@ -88,21 +89,6 @@ def pretrain(
                 "interruptions": trainer.interruptions,
             }
     _keep_final_state(root, folder, trainer, output, key)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator where there is one.
-
-    Raises:
-        DataError: The named device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        msg = f"run.device: not usable here, got {name!r} ({error}). Set run.device=auto."
-        raise DataError(msg) from error
 
 
 def _training_images(stage: Stage, source: str, manifest: Path, dataset: Path) -> ImageSet:

@@ -210,6 +210,7 @@ class Trainer:
         if limits.non_finite == "skip" and self._bad_steps < limits.max_consecutive_non_finite:
             return
         state = {**self.state(), "log_size": log.size}
+        (self.folder / "non_finite").mkdir(exist_ok=True)
         dump = save_state(self.folder / "non_finite", batch.step, state, keep=1)
         bad = sorted(name for name, value in numbers.items() if not _is_finite(value))
         msg = (

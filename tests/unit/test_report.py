@@ -16,6 +16,7 @@ from dinov3 import hub
 from dinov3.data.decode import decode_image, pixel_digest
 from dinov3.errors import CheckpointError, ConfigError, DataError, LineageBroken
 from dinov3.evals.baselines import SUBJECTS
+from dinov3.evals.candidate import open_candidate
 from dinov3.evals.embed import embed_source
 from dinov3.evals.folder import evaluate_folder, split_of
 from dinov3.evals.report import knn_summary, make_report
@@ -453,3 +454,17 @@ def test_embed_of_no_readable_picture_is_refused_and_writes_nothing(world, tmp_p
             device="cpu",
         )
     assert not (tmp_path / "features.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [("lvd1689m", (0.485, 0.456, 0.406)), ("sat493m", (0.430, 0.411, 0.296))],
+)
+def test_released_weights_are_shown_pictures_as_they_were_trained(tmp_path, name, mean):
+    path = tmp_path / f"dinov3_vits16_pretrain_{name}.safetensors"
+    save_file(hub.random_init("dinov3_vits16", 0).state_dict(), path)
+    candidate = open_candidate("dinov3_vits16", path, torch.device("cpu"))
+    assert candidate.mean == mean
+    assert candidate.patch_size == 16
+    assert candidate.identity()["tensors"] == tensor_digest(path)
+    assert candidate.identity()["record"] is None
