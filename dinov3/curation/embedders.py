@@ -162,7 +162,8 @@ def _palette(picture: Floats) -> Floats:
     for corner in itertools.product((0, 1), repeat=3):
         weight = np.where(corner, part, 1 - part).prod(1)
         shares += np.bincount((low + corner) @ _STRIDES, weight, _SHADES**3)
-    return (shares / shares.sum()).astype(np.float32)
+    palette: Floats = (shares / shares.sum()).astype(np.float32)
+    return palette
 
 
 def _span(ink: Floats) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 Plain k-means puts its centroids where the data are dense. Clustering only the members nearest to
 each centroid, again and again, and then clustering the centroids themselves flattens that.
-Every draw is a pure function of (seed, level, resampling step); FAISS assigns, exactly.
+Every draw is a pure function of (seed, level, resampling step, run); FAISS assigns, exactly.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
-from dinov3.curation.neighbours import Floats, Ints, threads_for
+from dinov3.curation.neighbours import Floats, Ints, search, squared_distances
 
 # N rows, K clusters, D width, T greedy candidates
 
@@ -67,9 +67,8 @@ def seed_centroids(rows: Floats, num_clusters: int, rng: np.random.Generator) ->
         [K, D], each a row of `rows`.
     """
     num_trials = 2 + int(np.log(num_clusters))
-    norms = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
     chosen = [int(rng.integers(len(rows)))]
-    nearest = _distances(rows, norms, chosen)[0]
+    nearest = squared_distances(rows[chosen], rows)[0]
     for _ in range(1, num_clusters):
         total = nearest.sum()
         if total > 0:
@@ -77,7 +76,7 @@ def seed_centroids(rows: Floats, num_clusters: int, rng: np.random.Generator) ->
             candidates = np.minimum(drawn, len(rows) - 1)
         else:  # fewer distinct rows than clusters
             candidates = rng.integers(len(rows), size=num_trials)
-        lowered = np.minimum(_distances(rows, norms, candidates), nearest)  # [T, N]
+        lowered = np.minimum(squared_distances(rows[candidates], rows), nearest)  # [T, N]
         best = int(lowered.sum(1).argmin())
         chosen.append(int(candidates[best]))
         nearest = lowered[best]
@@ -123,8 +122,7 @@ def assign(rows: Floats, centroids: Floats) -> Clusters:
     """The nearest centroid of every row, by exact search."""
     index = faiss.IndexFlatL2(centroids.shape[1])
     index.add(np.ascontiguousarray(centroids))
-    with threads_for(rows.size * len(centroids)):
-        distance, assignment = index.search(np.ascontiguousarray(rows), 1)
+    distance, assignment = search(index, rows, 1)
     return Clusters(centroids, assignment[:, 0], np.maximum(distance[:, 0], 0))
 
 
@@ -151,9 +149,3 @@ def _means(rows: Floats, clusters: Clusters) -> Floats:
     sizes = np.bincount(clusters.assignment, minlength=count)[:, None]
     means = np.where(sizes > 0, sums / np.maximum(sizes, 1), clusters.centroids)
     return means.astype(np.float32)
-
-
-def _distances(rows: Floats, norms: Doubles, chosen: Sequence[int] | Ints) -> Doubles:
-    """Squared distances of some rows to all: [T, N]."""
-    cross = (rows[chosen] @ rows.T).astype(np.float64)
-    return np.maximum(norms[chosen][:, None] + norms - 2 * cross, 0)

@@ -1,12 +1,13 @@
 """Nearest neighbours by FAISS: which pictures stand close to each other on the unit sphere.
 
 Up to `EXACT_LIMIT` rows the search is exact (flat inner product); above it an inverted file of
-4 sqrt(N) lists is probed in 64 of them. FAISS takes one thread for small inputs: its OpenMP and
-torch's share the cores badly, and starting threads costs more than the search.
+4 sqrt(N) lists is probed in 64 of them. Threads change no bit: FAISS itself rounds differently with
+every number of them, so it gets one, and fixed blocks of rows are divided among threads of ours.
 """
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import faiss
 import numpy as np
@@ -18,20 +19,9 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 EXACT_LIMIT = 200_000
-_ONE_THREAD_WORK = 1_000_000_000  # multiplications below which one thread is enough
+_ONE_THREAD_WORK = 1_000_000_000  # multiplications below which starting threads does not pay
+_BLOCK = 4096  # rows
 _NUM_PROBES = 64
-
-
-@contextlib.contextmanager
-def threads_for(work: int) -> Iterator[None]:
-    """One FAISS thread inside the block if `work` multiplications are few, else those set."""
-    before = faiss.omp_get_max_threads()
-    if work <= _ONE_THREAD_WORK:
-        faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def nearest(queries: Floats, base: Floats, num_neighbours: int) -> tuple[Floats, Ints]:
@@ -45,13 +35,32 @@ def nearest(queries: Floats, base: Floats, num_neighbours: int) -> tuple[Floats,
     Returns:
         Cosine similarities and row numbers, each [Q, K]; -1 where an approximate search found none.
     """
-    queries, base = np.ascontiguousarray(queries), np.ascontiguousarray(base)
     count = min(num_neighbours, len(base))
     if count == 0 or len(queries) == 0:
         return np.empty((len(queries), count), np.float32), np.empty((len(queries), count), int)
-    with threads_for(queries.size * len(base)):
-        similarity, index = _index_of(base).search(queries, count)
-    return similarity, index
+    (index,) = _in_blocks(base, lambda _: _index_of(base), work=0, size=len(base))
+    return search(index, queries, count)
+
+
+def search(index: faiss.Index, queries: Floats, num_neighbours: int) -> tuple[Floats, Ints]:
+    """What `index.search` gives, [Q, K] twice, by as many threads as pay."""
+    found = _in_blocks(
+        queries,
+        lambda block: index.search(block, num_neighbours),
+        work=queries.size * index.ntotal,
+    )
+    return np.concatenate([one for one, _ in found]), np.concatenate([one for _, one in found])
+
+
+def squared_distances(queries: Floats, base: Floats) -> npt.NDArray[np.float64]:
+    """Squared distances of every query to every row of the base: [Q, N]."""
+    found = _in_blocks(
+        base,
+        lambda block: faiss.pairwise_distances(np.ascontiguousarray(queries), block),
+        work=queries.size * len(base),
+    )
+    distances: npt.NDArray[np.float64] = np.concatenate(found, axis=1).astype(np.float64)
+    return np.maximum(distances, 0)
 
 
 def similar_pairs(
@@ -73,15 +82,29 @@ def similar_pairs(
     return low[first], high[first], similarity[found][first]
 
 
+def _in_blocks(
+    rows: Floats, call: Callable[[Floats], Any], *, work: int, size: int = _BLOCK
+) -> list[Any]:
+    """Calls for each block of rows, in threads where FAISS sees one core; results in order."""
+    blocks = [np.ascontiguousarray(rows[at : at + size]) for at in range(0, len(rows), size)]
+    num_threads = 1 if work <= _ONE_THREAD_WORK else faiss.omp_get_max_threads()
+    with ThreadPoolExecutor(
+        num_threads, initializer=faiss.omp_set_num_threads, initargs=(1,)
+    ) as pool:
+        return list(pool.map(call, blocks))
+
+
 def _index_of(base: Floats) -> faiss.Index:
+    base = np.ascontiguousarray(base)
     width = base.shape[1]
     flat = faiss.IndexFlatIP(width)
     if len(base) <= EXACT_LIMIT:
         flat.add(base)
         return flat
-    lists = int(4 * np.sqrt(len(base)))
-    index = faiss.IndexIVFFlat(flat, width, lists, faiss.METRIC_INNER_PRODUCT)
+    num_lists = int(4 * np.sqrt(len(base)))
+    index = faiss.IndexIVFFlat(flat, width, num_lists, faiss.METRIC_INNER_PRODUCT)
     index.nprobe = _NUM_PROBES
+    index.cp.niter, index.cp.max_points_per_centroid = 10, 64  # rough lists do for probing
     index.train(base)
     index.add(base)
     return index

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
@@ -116,24 +117,25 @@ class TrainingLoader:
             DataError: An image cannot be decoded; it is named.
             LineageBroken: An image is no longer what its table says.
         """
-        iterator = self._start()
+        iterator, workers = self._start()
         try:
             for item in iterator:
                 if isinstance(item, DinoError):
                     raise item
                 yield item
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, EOFError, OSError) as error:
+            # a dead worker shows as any of these: as a worker, or at the other end of a batch
+            if not wait([worker.sentinel for worker in workers], timeout=1):
                 raise
             msg = (
-                f"training images: a loading process died, got {str(error).splitlines()[0]!r}. "
+                f"training images: a loading process died, got {type(error).__name__}. "
                 f"Free memory, or lower run.num_workers."
             )
             raise DataError(msg) from error
         finally:
             del iterator  # asks the workers to end, also where a traceback keeps this frame
 
-    def _start(self) -> Iterator[Batch | DinoError]:
+    def _start(self) -> tuple[Iterator[Batch | DinoError], list[BaseProcess]]:
         loader = DataLoader(
             self._batches,
             batch_size=None,
@@ -151,8 +153,9 @@ class TrainingLoader:
         if threading.current_thread() is threading.main_thread():
             # torch's own would raise wherever the trainer is when a worker dies, be it amid saving
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        _workers.update(set(active_children()) - others)
-        return iterator
+        workers = [child for child in active_children() if child not in others]
+        _workers.update(workers)
+        return iterator, workers
 
 
 class _Pictures:

@@ -69,6 +69,23 @@ class Network(nn.Module):
         }
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher assigns: CLS probabilities [G, B, K] and those of masked patches [M, K]."""
+
+    cls: Tensor
+    patches: Tensor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The student's side: CLS logits [G+L, B, K], patch logits [M, K], global CLS [G*B, D]."""
+
+    cls_logits: Tensor
+    patch_logits: Tensor
+    global_cls: Tensor
+
+
 class SelfDistillation:
     """The student, its EMA teacher and the objective between them."""
 
@@ -86,90 +103,78 @@ class SelfDistillation:
 
         Args:
             global_crops: [G*B, 3, H, W], crop-major.
-            local_crops: [L*B, 3, h, w], crop-major; L may be 0.
+            local_crops: [L*B, 3, h, w], crop-major.
             masks: bool [G*B, P], True where the student sees the mask token.
             temperature: The teacher's.
         """
-        masked = masks.flatten().nonzero().squeeze(1)  # [M]
-        cls_targets, patch_targets = self._targets(global_crops, masked, temperature)
-        return self._student_losses(global_crops, local_crops, masks, cls_targets, patch_targets)
+        targets = self.targets(global_crops, masks, temperature)
+        predictions = self.predictions(global_crops, local_crops, masks)
+        return self.terms(predictions, targets, masks)
 
     @torch.no_grad()
-    def _targets(
-        self, global_crops: Tensor, masked: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def targets(self, global_crops: Tensor, masks: Tensor, temperature: float) -> Targets:
+        """The teacher sees the global crops whole; Sinkhorn balances what it assigns."""
         features = self.teacher.backbone.forward_features(global_crops)
         cls_logits = self.teacher.dino_head(features["x_norm_clstoken"])  # [G*B, K]
-        cls_targets = sinkhorn_knopp(cls_logits, temperature=temperature)
-        patches = features["x_norm_patchtokens"].flatten(0, 1)[masked]  # [M, D]
-        patch_logits = self.teacher.ibot_head(patches)  # [M, K]
-        patch_targets = sinkhorn_knopp(patch_logits, temperature=temperature)
-        return cls_targets.unflatten(0, (NUM_GLOBAL, -1)), patch_targets
+        patch_logits = self.teacher.ibot_head(features["x_norm_patchtokens"][masks])  # [M, K]
+        cls = sinkhorn_knopp(cls_logits, temperature=temperature)
+        patches = sinkhorn_knopp(patch_logits, temperature=temperature)
+        return Targets(cls.unflatten(0, (NUM_GLOBAL, -1)), patches)
 
-    def _student_losses(
-        self,
-        global_crops: Tensor,
-        local_crops: Tensor,
-        masks: Tensor,
-        cls_targets: Tensor,
-        patch_targets: Tensor,
-    ) -> dict[str, Tensor]:
-        aims = self.objective
-        student = self.student
-        of_global, of_local = student.backbone.forward_features(
+    def predictions(self, global_crops: Tensor, local_crops: Tensor, masks: Tensor) -> Predictions:
+        """The student sees masked global crops and whole local ones."""
+        of_global, of_local = self.student.backbone.forward_features(
             [global_crops, local_crops], [masks, None]
         )
         global_cls = of_global["x_norm_clstoken"]  # [G*B, D]
-        logits = student.dino_head(torch.cat([global_cls, of_local["x_norm_clstoken"]]))
-        batch_size = cls_targets.shape[1]
-        crops = logits.unflatten(0, (-1, batch_size))  # [G+L, B, K]
+        cls_logits = self.student.dino_head(torch.cat([global_cls, of_local["x_norm_clstoken"]]))
+        patch_logits = self.student.ibot_head(of_global["x_norm_patchtokens"][masks])  # [M, K]
+        batch_size = len(global_crops) // NUM_GLOBAL
+        return Predictions(cls_logits.unflatten(0, (-1, batch_size)), patch_logits, global_cls)
+
+    def terms(self, predictions: Predictions, targets: Targets, masks: Tensor) -> dict[str, Tensor]:
+        """DINO on global and local crops, iBOT, KoLeo, and their weighted sum."""
+        aims = self.objective
+        logits = predictions.cls_logits
         terms = {
             "dino_global": dino_loss(
-                crops[:NUM_GLOBAL],
-                cls_targets,
+                logits[:NUM_GLOBAL],
+                targets.cls,
                 student_temperature=aims.student_temperature,
                 ignore_diagonal=aims.ignore_diagonal,
             ),
-            "koleo": self._koleo(global_cls, batch_size),
-            "ibot": self._ibot(of_global["x_norm_patchtokens"], masks, patch_targets),
+            "dino_local": dino_loss(
+                logits[NUM_GLOBAL:], targets.cls, student_temperature=aims.student_temperature
+            ),
+            "ibot": ibot_loss(
+                predictions.patch_logits,
+                targets.patches,
+                mask_weights(masks),
+                num_images=len(masks),
+                student_temperature=aims.student_temperature,
+            ),
+            "koleo": self._koleo(predictions.global_cls),
         }
-        num_local = crops.shape[0] - NUM_GLOBAL
-        if num_local:
-            terms["dino_local"] = dino_loss(
-                crops[NUM_GLOBAL:], cls_targets, student_temperature=aims.student_temperature
-            )
-        return {**terms, "loss": self._weighted(terms, num_local)}
+        return {**terms, "loss": self._weighted(terms, len(logits) - NUM_GLOBAL)}
 
-    def _koleo(self, global_cls: Tensor, batch_size: int) -> Tensor:
+    def _koleo(self, global_cls: Tensor) -> Tensor:
         per_crop = [
             koleo_loss(cls, group_size=self.objective.koleo_group_size)
-            for cls in global_cls.split(batch_size)
+            for cls in global_cls.chunk(NUM_GLOBAL)
         ]
         return torch.stack(per_crop).mean()
-
-    def _ibot(self, patches: Tensor, masks: Tensor, targets: Tensor) -> Tensor:
-        masked = masks.flatten().nonzero().squeeze(1)
-        logits = self.student.ibot_head(patches.flatten(0, 1)[masked])  # [M, K]
-        return ibot_loss(
-            logits,
-            targets,
-            mask_weights(masks),
-            num_images=masks.shape[0],
-            student_temperature=self.objective.student_temperature,
-        )
 
     def _weighted(self, terms: dict[str, Tensor], num_local: int) -> Tensor:
         """Local and global DINO terms share their weight by the number of crop pairs."""
         aims = self.objective
         global_pairs = NUM_GLOBAL * (NUM_GLOBAL - aims.ignore_diagonal)
         local_pairs = NUM_GLOBAL * num_local
-        pairs = global_pairs + local_pairs
-        loss = aims.dino * global_pairs / pairs * terms["dino_global"]
-        if num_local:
-            loss = loss + aims.dino * local_pairs / pairs * terms["dino_local"]
-        loss = loss + aims.ibot * terms["ibot"]
-        # the reference sums KoLeo over the global crops
-        return loss + aims.koleo * NUM_GLOBAL * terms["koleo"]
+        by_pairs = global_pairs * terms["dino_global"] + local_pairs * terms["dino_local"]
+        return (
+            aims.dino * by_pairs / (global_pairs + local_pairs)
+            + aims.ibot * terms["ibot"]
+            + aims.koleo * NUM_GLOBAL * terms["koleo"]  # the reference sums it over global crops
+        )
 
 
 def _head(embed_dim: int, shape: HeadShape, device: torch.device | None) -> ProjectionHead:

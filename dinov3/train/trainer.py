@@ -4,6 +4,7 @@ Everything random is a function of (seed, step, position), so the state after n 
 however often the run was stopped, and no generator needs saving.
 """
 
+import resource
 import time
 from collections import deque
 from pathlib import Path
@@ -236,17 +237,33 @@ class Trainer:
         raise Interrupted(msg)
 
     def _estimate(self) -> str:
-        """What the run will take: a discarded step is timed, weights and state are counted."""
-        student = self.method.student
+        """What the run will take, measured on one discarded step on empty crops."""
+        config, student = self.config, self.method.student
+        began = time.perf_counter()
+        self._rehearse()
+        seconds = time.perf_counter() - began
         count = sum(parameter.numel() for parameter in student.parameters())
-        state = 16 * count  # bytes: student, teacher and two moments in fp32
-        left = self.config.schedules.num_steps - self.step
+        state = 4 * 4 * count  # bytes: student, teacher and two moments in fp32
+        left = config.schedules.num_steps - self.step
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
         return (
-            f"training {left} steps of {self.config.optim.batch_size} out of {len(self.images)} "
-            f"images on {self.device} with {torch.get_num_threads()} threads: "
-            f"{count / 1e6:.2f} M parameters with heads, "
-            f"{self.config.run.keep_checkpoints * state / 1e6:.0f} MB of checkpoints on disk"
+            f"training {left} steps of {config.optim.batch_size} out of {len(self.images)} images "
+            f"on {self.device} with {torch.get_num_threads()} threads, {count / 1e6:.2f} M "
+            f"parameters with heads: about {left * seconds / 60:.1f} min, {memory:.1f} GB of "
+            f"memory, {config.run.keep_checkpoints * state / 1e9:.2f} GB of checkpoints on disk"
         )
+
+    def _rehearse(self) -> None:
+        crops, size = self.config.crops, self.config.optim.batch_size
+        global_crops = torch.zeros(2 * size, 3, crops.global_size, crops.global_size)
+        local_crops = torch.zeros(crops.num_local * size, 3, crops.local_size, crops.local_size)
+        masks = self._masks(self.step, global_crops)
+        self._seed_model(self.step)
+        losses = self.method.losses(
+            global_crops.to(self.device), local_crops.to(self.device), masks, temperature=1.0
+        )
+        losses["loss"].backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def _is_finite(value: float) -> bool:
