@@ -1,6 +1,6 @@
 """Speed as ratios, measured in one run on one thread.
 
-    python -m dinov3.bench augmentation
+    python -m dinov3.bench              what follows cropping against torchvision; a step's parts
 
 Prints JSON. Times are the best of several alternating rounds: what else the machine does can only
 slow a round down, and slows both sides.
@@ -26,9 +26,11 @@ from dinov3.data.augment import Augmentation, Batch, CropParameters
 from dinov3.data.loader import ImageSet, TrainingLoader
 from dinov3.recipe import load_recipe
 from dinov3.train.build import build_augmentation
+from dinov3.train.timing import step_split
 
 FLOAT_TOLERANCE = 1e-5  # of values in [0, 1]
 _NUM_ROUNDS = 7
+_NUM_STEPS = 40
 _CHAIN_JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
@@ -127,11 +129,19 @@ def torchvision_chain(
 def main() -> None:
     """Runs the benchmark named on the command line and prints its figures as JSON."""
     parser = argparse.ArgumentParser(prog="python -m dinov3.bench", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=["augmentation"], default="augmentation")
-    parser.parse_args()
-    recipe = cast(TrainConfig, load_recipe("demo", phase="pretrain"))
-    figures = augmentation_ratio(DrawnImages(32, 96), build_augmentation(recipe))
-    sys.stdout.write(json.dumps({"augmentation": figures}, indent=2) + "\n")
+    parser.add_argument("part", nargs="?", choices=["all", "augmentation", "step"], default="all")
+    part = parser.parse_args().part
+    recipe = cast(TrainConfig, load_recipe("demo"))
+    torch.set_num_threads(1)
+    figures = {}
+    if part in {"all", "augmentation"}:
+        figures["augmentation"] = augmentation_ratio(
+            DrawnImages(32, 96), build_augmentation(recipe)
+        )
+    if part in {"all", "step"}:
+        split = step_split(recipe, DrawnImages(256, 96), num_steps=_NUM_STEPS)
+        figures["training step"] = {name: round(value, 4) for name, value in split.items()}
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 
 def _groups(batch: Batch) -> tuple[tuple[Tensor, CropParameters], ...]:

@@ -140,5 +140,5 @@ def _linked_to_kept(count: int, low: Ints, high: Ints, similarity: Floats) -> In
 def _similarity_to(embeddings: Floats, others: Floats, of: Ints) -> Floats:
     shown = np.full(len(of), np.nan, np.float32)
     rows = np.flatnonzero(of >= 0)
-    shown[rows] = np.einsum("nd,nd->n", embeddings[rows], others[of[rows]])
+    shown[rows] = np.einsum("ij,ij->i", embeddings[rows], others[of[rows]])
     return shown

@@ -8,7 +8,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F1
 from torchvision.transforms.v2 import functional as F
 
-from dinov3.bench import DrawnImages, torchvision_chain
+from dinov3.bench import FLOAT_TOLERANCE, DrawnImages, augmentation_ratio, torchvision_chain
 from dinov3.data import colour
 from dinov3.data.augment import Augmentation, CropRecipe, cut, draw_parameters
 from dinov3.data.loader import TrainingLoader
@@ -177,3 +177,20 @@ def test_whole_pipeline_equals_the_chain_of_torchvision_per_image(step):
             for row, crop in enumerate(given)
         ]
         torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=2e-5)
+
+
+def test_the_benchmark_compares_equal_results():
+    small = Augmentation((CropRecipe(16, (0.4, 1.0)),) * 2, (CropRecipe(8, (0.1, 0.4)),))
+    figures = augmentation_ratio(DrawnImages(4, 32), small, batch_size=4)
+    assert figures["largest_difference"] <= FLOAT_TOLERANCE
+    chains = [figures[f"torchvision_{kind}_ms_per_image"] for kind in ("float", "pil")]
+    assert figures["ratio"] == pytest.approx(min(chains) / figures["ours_ms_per_image"])
+
+
+def test_the_benchmark_refuses_results_that_differ(monkeypatch):
+    monkeypatch.setattr(colour, "to_grey_", lambda planes: planes.mul_(0.99))
+    grey = Augmentation(
+        (CropRecipe(16, (0.4, 1.0)),) * 2, (CropRecipe(8, (0.1, 0.4)),), grayscale=1.0
+    )
+    with pytest.raises(RuntimeError, match=r"augmentation differs from torchvision by 0\.\d+"):
+        augmentation_ratio(DrawnImages(4, 32), grey, batch_size=4)

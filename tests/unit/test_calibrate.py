@@ -1,3 +1,5 @@
+"""Calibration reports what a count by hand gives, and refuses what it cannot separate."""
+
 import numpy as np
 import pytest
 from PIL import Image

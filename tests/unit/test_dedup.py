@@ -1,3 +1,5 @@
+"""Deduplication: who is left out, for whom, and how far chains reach."""
+
 import numpy as np
 import pytest
 

@@ -1,4 +1,4 @@
-"""Batches are pure functions of (seed, step); workers only decode and crop, and never outlive us."""
+"""Batches are pure functions of (seed, step); workers only decode and crop, and die with us."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3.bench import DrawnImages
 from dinov3.data.augment import Augmentation, Batch, CropRecipe, cut, draw_parameters
 from dinov3.data.decode import composite, decode_image
 from dinov3.data.loader import ImageSet, TrainingLoader
@@ -29,10 +28,9 @@ AUGMENTATION = Augmentation(
     backgrounds=((255, 255, 255), (0, 0, 0)),
     cache_size=24,
 )
-IMAGES = DrawnImages(10, 40)
 
 
-def loader(images: ImageSet = IMAGES, **options: object) -> TrainingLoader:
+def loader(images: ImageSet, **options: object) -> TrainingLoader:
     options = {
         "augmentation": AUGMENTATION,
         "batch_size": 4,
@@ -57,17 +55,22 @@ def digest(batch: Batch) -> str:
     return state.hexdigest()
 
 
-def digests(**options: object) -> list[str]:
-    return [digest(batch) for batch in loader(**options)]
+def digests(images: ImageSet, **options: object) -> list[str]:
+    return [digest(batch) for batch in loader(images, **options)]
 
 
 def folder_of(root: Path, num_images: int) -> SourceImages:
-    """Half of the pictures are transparent."""
+    """Pictures of 40 x 30; half of them are transparent."""
     for number in range(num_images):
-        picture = decode_image(IMAGES.read(number % len(IMAGES)))
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((40, 30), Image.Resampling.BICUBIC)
         if number % 2:
             picture.putalpha(Image.linear_gradient("L").resize(picture.size))
         picture.save(root / f"{number}.png")
+    return images_in(root)
+
+
+def images_in(root: Path) -> SourceImages:
     source = open_source(f"folder:{root}")
     paths = [entry.path for entry in source.entries()]
     return SourceImages(
@@ -75,8 +78,12 @@ def folder_of(root: Path, num_images: int) -> SourceImages:
     )
 
 
-def test_a_batch_holds_the_crops_of_its_images_crop_major(tmp_path):
-    images = folder_of(tmp_path, 6)
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> SourceImages:
+    return folder_of(tmp_path_factory.mktemp("images"), 10)
+
+
+def test_a_batch_holds_the_crops_of_its_images_crop_major(images):
     augmentation = dataclasses.replace(AUGMENTATION, cache_size=None)
     batch = next(iter(loader(images, augmentation=augmentation)))
     assert batch.global_crops.shape == (8, 3, 16, 16)
@@ -85,80 +92,83 @@ def test_a_batch_holds_the_crops_of_its_images_crop_major(tmp_path):
     pictures = [decode_image(images.read(int(index))) for index in batch.indices]
     shapes = np.array([picture.size for picture in pictures])
     drawn = draw_parameters(augmentation, seed=0, step=0, sizes=shapes)
-    everything = [*batch.global_crops, *batch.local_crops]
-    for row, crop in enumerate(everything):
+    for row, crop in enumerate([*batch.global_crops, *batch.local_crops]):
         background = augmentation.backgrounds[drawn.background[row]]
         opaque = composite(pictures[row % 4], background)
         expected = cut(opaque, drawn.box[row], crop.shape[-1])
         assert np.array_equal(crop.permute(1, 2, 0).numpy(), expected)
 
 
-def test_the_number_of_workers_changes_no_bit():
-    expected = digests()
-    assert digests(num_workers=2) == expected
+def test_the_number_of_workers_changes_no_bit(images):
+    expected = digests(images)
+    assert digests(images, num_workers=2) == expected
     assert multiprocessing.active_children() == []
 
 
-def test_a_run_that_starts_later_gets_the_same_batches():
-    assert digests(start_step=2, num_steps=2) == digests()[2:]
+def test_a_run_that_starts_later_gets_the_same_batches(images):
+    assert digests(images, start_step=2, num_steps=2) == digests(images)[2:]
 
 
-def test_other_seeds_give_other_batches():
-    assert set(digests(seed=1)).isdisjoint(digests())
+def test_other_seeds_give_other_batches(images):
+    assert set(digests(images, seed=1)).isdisjoint(digests(images))
 
 
-def test_fewer_images_than_a_batch_are_enough():
-    batch = next(iter(loader(DrawnImages(2, 20), batch_size=7)))
+def test_fewer_images_than_a_batch_are_enough(tmp_path):
+    batch = next(iter(loader(folder_of(tmp_path, 2), batch_size=7)))
     assert np.bincount(batch.indices).min() >= 3
     assert batch.global_crops.shape[0] == 14
 
 
-def test_no_steps_are_no_batches():
-    assert len(loader(num_steps=0)) == 0
-    assert digests(num_steps=0) == []
+def test_no_steps_are_no_batches(images):
+    assert len(loader(images, num_steps=0)) == 0
+    assert digests(images, num_steps=0) == []
 
 
-def test_nothing_is_drawn_from_the_global_generator():
+def test_nothing_is_drawn_from_the_global_generator(images):
     before = torch.get_rng_state()
-    digests()
+    digests(images)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_memory_of_decoded_images_changes_nothing(monkeypatch):
-    expected = digests(num_steps=8)
-    monkeypatch.setattr("dinov3.data.loader._CACHE_BYTES", 3 * 24 * 24 * 3)
-    assert digests(num_steps=8) == expected
+def test_the_memory_of_decoded_images_changes_nothing(images, monkeypatch):
+    expected = digests(images, num_steps=8)
+    monkeypatch.setattr("dinov3.data.loader._CACHE_BYTES", 3 * 24 * 18 * 3)
+    assert digests(images, num_steps=8) == expected
 
 
-def test_kept_images_are_not_read_again():
-    class Counted(DrawnImages):
-        reads = 0
-
-        def read(self, index: int) -> bytes:
-            self.reads += 1
-            return super().read(index)
-
-    images = Counted(5, 40)
-    digests(images=images, num_steps=10)
-    assert images.reads == 5
+def test_kept_images_are_not_read_again(tmp_path):
+    images = folder_of(tmp_path, 4)
+    batches = iter(loader(images, num_steps=5))
+    first = next(batches)
+    for path in images.paths:
+        (tmp_path / path).unlink()
+    assert sorted(first.indices) == [0, 1, 2, 3]
+    assert len(list(batches)) == 4
 
 
-def test_images_are_reduced_to_the_cache_size_and_never_enlarged():
-    class Boxes(DrawnImages):
-        def __init__(self) -> None:
-            super().__init__(1, 40)
-
-    reduced = dataclasses.replace(AUGMENTATION, cache_size=5)
-    box = next(iter(loader(Boxes(), augmentation=reduced))).parameters.box
-    assert (box[:, :2] + box[:, 2:]).max() <= 5
-    enlarged = dataclasses.replace(AUGMENTATION, cache_size=1000)
-    box = next(iter(loader(Boxes(), augmentation=enlarged))).parameters.box
-    assert 5 < (box[:, :2] + box[:, 2:]).max() <= 40
+def test_without_a_cache_size_images_are_read_each_time(tmp_path):
+    images = folder_of(tmp_path, 4)
+    augmentation = dataclasses.replace(AUGMENTATION, cache_size=None)
+    batches = iter(loader(images, augmentation=augmentation))
+    next(batches)
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(LineageBroken, match=r"3\.png: can no longer be read"):
+        next(batches)
 
 
-def test_an_empty_set_of_images_is_refused():
+@pytest.mark.parametrize(("cache_size", "longest"), [(5, 5), (1000, 40)])
+def test_images_are_reduced_to_the_cache_size_and_never_enlarged(images, cache_size, longest):
+    augmentation = dataclasses.replace(AUGMENTATION, cache_size=cache_size)
+    ends = [
+        batch.parameters.box[:, :2] + batch.parameters.box[:, 2:]
+        for batch in loader(images, augmentation=augmentation, num_steps=20)
+    ]
+    assert np.max(ends) == longest
+
+
+def test_an_empty_set_of_images_is_refused(tmp_path):
     with pytest.raises(DataError, match="training images: at least one is needed, got 0"):
-        loader(DrawnImages(0, 8))
+        loader(images_in(tmp_path))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -179,74 +189,88 @@ def test_an_image_that_changed_since_its_table_is_refused(tmp_path):
         list(loader(images))
 
 
-def test_signals_leave_the_workers_at_work():
-    batches = iter(loader(num_workers=1, num_steps=6))
+def test_signals_leave_the_workers_at_work(images):
+    batches = iter(loader(images, num_workers=1, num_steps=6))
     found = [digest(next(batches))]
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGTERM)
     os.kill(worker.pid, signal.SIGINT)
     found += [digest(batch) for batch in batches]
-    assert found == digests(num_steps=6)
+    assert found == digests(images, num_steps=6)
 
 
-def test_a_killed_worker_is_one_clear_error():
-    batches = iter(loader(num_workers=1, num_steps=1000))
+def test_a_killed_worker_is_one_clear_error(images):
+    batches = iter(loader(images, num_workers=1, num_steps=1000))
     next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="a loading process died, got 'DataLoader worker"):
+    with pytest.raises(DataError, match=r"a loading process died, got \w+\. Free memory"):
         list(batches)
 
 
 CHILD = """
-import sys
-from tests.unit.test_loader import loader
+import multiprocessing, sys
+from dinov3.data.augment import Augmentation, CropRecipe
+from dinov3.data.loader import TrainingLoader
+from dinov3.data.sources import open_source
+from dinov3.data.sources.images import SourceImages
 
 if __name__ == "__main__":
-    batches = iter(loader(num_workers=2, num_steps=1000))
+    _, root, sha256, what = sys.argv
+    images = SourceImages(open_source(f"folder:{root}"), ["0.png"], [sha256])
+    crop = CropRecipe(8, (0.5, 1.0))
+    batches = iter(
+        TrainingLoader(
+            images,
+            augmentation=Augmentation((crop, crop), (crop,)),
+            batch_size=2,
+            seed=0,
+            start_step=0,
+            num_steps=1000,
+            num_workers=1,
+        )
+    )
     next(batches)
-    import multiprocessing
-    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
-    if sys.argv[1] == "wait":
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    if what == "wait":
         sys.stdin.read()
     raise RuntimeError("leaving with batches still open")
 """
 
 
-def start_child(tmp_path: Path, what: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
-    script = tmp_path / "child.py"
+def start_child(root: Path, what: str) -> tuple[subprocess.Popen, psutil.Process]:
+    """A trainer that has got its first batch, and its worker."""
+    (sha256,) = folder_of(root, 1).sha256
+    script = root / "child.py"
     script.write_text(CHILD, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     child = subprocess.Popen(
-        [sys.executable, str(script), what],
+        [sys.executable, str(script), str(root), sha256, what],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    workers = [psutil.Process(int(pid)) for pid in child.stdout.readline().split()]
-    assert len(workers) == 2
-    return child, workers
+    return child, psutil.Process(int(child.stdout.readline()))
 
 
-def are_gone(processes: list[psutil.Process]) -> bool:
+def is_gone(process: psutil.Process) -> bool:
     """A zombie is gone: who should reap it may be slow."""
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
+    _, alive = psutil.wait_procs([process], timeout=20)
+    return not alive or process.status() == psutil.STATUS_ZOMBIE
 
 
 def test_workers_die_with_a_killed_trainer(tmp_path):
-    child, workers = start_child(tmp_path, "wait")
+    child, worker = start_child(tmp_path, "wait")
     with child:
         child.kill()
-    assert are_gone(workers)
+    assert is_gone(worker)
 
 
 def test_an_interpreter_ends_although_batches_are_still_open(tmp_path):
-    child, workers = start_child(tmp_path, "leave")
+    child, worker = start_child(tmp_path, "leave")
     with child:
         _, errors = child.communicate()
     assert "leaving with batches still open" in errors
     assert child.returncode == 1
-    assert are_gone(workers)
+    assert is_gone(worker)

@@ -1,9 +1,11 @@
+"""Neighbours by FAISS equal plain sorting, whatever the number of threads."""
+
 import faiss
 import numpy as np
 import pytest
 
 from dinov3.curation import neighbours
-from dinov3.curation.neighbours import nearest, similar_pairs, threads_for
+from dinov3.curation.neighbours import nearest, similar_pairs, squared_distances
 
 
 def _unit(count: int, width: int, seed: int = 0) -> np.ndarray:
@@ -40,14 +42,34 @@ def test_large_bases_are_searched_in_lists_and_the_nearest_is_still_found(monkey
     assert np.allclose(similarity, 1, atol=1e-5)
 
 
-def test_small_work_takes_one_thread_and_gives_the_others_back():
+def _with_threads(count: int, call):
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(2)
+    faiss.omp_set_num_threads(count)
     try:
-        with threads_for(10):
-            assert faiss.omp_get_max_threads() == 1
-        assert faiss.omp_get_max_threads() == 2
-        with threads_for(10**12):
-            assert faiss.omp_get_max_threads() == 2
+        return call()
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    rows = _unit(5000, 64)  # 1.6e9 multiplications: enough that threads are used
+    one, two = (_with_threads(count, lambda: nearest(rows, rows, 5)) for count in (1, 2))
+    assert np.array_equal(one[0], two[0])
+    assert np.array_equal(one[1], two[1])
+    one, two = (_with_threads(n, lambda: squared_distances(rows, rows)) for n in (1, 2))
+    assert np.array_equal(one, two)
+
+
+def test_faiss_keeps_the_threads_it_was_given():
+    found = _with_threads(2, lambda: (nearest(_unit(3, 4), _unit(3, 4), 1), _threads()))
+    assert found[1] == 2
+
+
+def _threads() -> int:
+    return int(faiss.omp_get_max_threads())
+
+
+def test_squared_distances_equal_their_definition():
+    queries, base = _unit(3, 5), _unit(9000, 5, seed=1)
+    expected = ((queries[:, None] - base) ** 2).sum(2)
+    assert np.allclose(squared_distances(queries, base), expected, atol=1e-5)

@@ -1,3 +1,5 @@
+"""Water filling equals the golden numbers; samples are balanced, exact and repeatable."""
+
 import json
 from pathlib import Path
 
