@@ -127,7 +127,7 @@ def test_full_disk_is_one_clear_error_and_costs_no_finished_work(world, uninterr
     output = tmp_path / "pretrained_checkpoint"
     code, _ = stop_after(start(world, output, *OVERRIDES), 3, signal.SIGTERM)
     assert code == 130
-    (good,) = (tmp_path / ".state" / "pretrained_checkpoint").rglob("step_*.pt")
+    good = max((tmp_path / ".state" / "pretrained_checkpoint").rglob("step_*.pt"))
     before = file_sha256(good)
     full = dinov3(*world.training(output, *OVERRIDES), preexec_fn=limit_file_size)
     assert full.returncode == 2

@@ -25,7 +25,7 @@ def test_block_of_the_readme_runs_and_prints_what_it_shows(language, block, tmp_
         command = ["sh", "-ec", block.replace("python ", f"{sys.executable} ")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    promised = re.findall(r"^#> (.*)$", block, re.MULTILINE)
+    promised = re.findall(r"^# -> (.*)$", block, re.MULTILINE)
     assert promised == (done.stdout.splitlines() if promised else [])
 
 
