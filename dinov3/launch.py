@@ -30,6 +30,7 @@ INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL = 0.05  # seconds between two looks at a tree that is ending
+_SETTLE = 5.0  # seconds dvc has to end by itself after its command was killed
 _FOLLOW = 0.5  # seconds between two looks at the dvc that runs us
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -88,7 +89,8 @@ def stop(process: subprocess.Popen[bytes], grace: float = DEFAULT_GRACE) -> None
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(grace + 5)  # the guard stops the rest; it alone knows who was signalled
+        # the guard stops the rest; it alone knows who was signalled
+        process.wait(grace + 2 * _SETTLE)
     _kill(tree)
     process.wait()
 
@@ -102,14 +104,15 @@ def stop_tree(pid: int, grace: float = DEFAULT_GRACE, *, itself: bool = True) ->
         itself: False spares the root.
     """
     asked: set[psutil.Process] = set()
-    deadline = time.monotonic() + grace
+    deadline, spares_dvc = time.monotonic() + grace, True
     while tree := _living(process_tree(pid, itself=itself) | asked):
         if time.monotonic() > deadline:
-            _kill(tree)
-            deadline = time.monotonic() + grace
+            _kill(one for one in tree if not (spares_dvc and _is_dvc(one)))
+            deadline, spares_dvc = time.monotonic() + _SETTLE, False
         for process in tree - asked:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGINT)
+            if not _waits(process):
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGINT)
         asked |= tree
         time.sleep(_POLL)
 
@@ -128,6 +131,14 @@ def is_running(process: psutil.Process) -> bool:
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
+        return False
+
+
+def _waits(process: psutil.Process) -> bool:
+    """A dvc whose command runs ends by itself after that, and leaves its lock files whole."""
+    try:
+        return _is_dvc(process) and bool(process.children())
+    except psutil.Error:
         return False
 
 

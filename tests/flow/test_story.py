@@ -1,0 +1,236 @@
+"""The newcomer's story: a folder of pictures through the real pipeline, by dvc and by Dagster.
+
+A copy of this checkout runs its own `dvc.yaml` with the smallest recipe.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from dinov3.release.record import read_record
+from orchestration.stages import CHECKOUT
+from tests.flow.conftest import draw_pictures
+
+STAGES = (
+    "image_manifest",
+    "image_embeddings",
+    "curated_dataset",
+    "pretrained_checkpoint",
+    "eval_reports/pretrained",
+)
+
+
+class Checkout:
+    """A copy of the tracked files with environments, pictures and the smallest recipe."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        listed = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
+        names = subprocess.run(
+            ["git", *listed], cwd=CHECKOUT, capture_output=True, text=True, check=True
+        ).stdout.split("\0")
+        for name in filter(None, names):
+            if (CHECKOUT / name).is_file() and name != "dvc.lock":
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(CHECKOUT / name, root / name)
+        for name in (".venv", ".venv-dvc"):
+            (root / name).symlink_to(CHECKOUT / name)
+        subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+        draw_pictures(root / "pictures", num_per_class=8)
+        params = yaml.safe_load((root / "params.yaml").read_text())
+        params |= {"recipe": "smoke_cpu", "source": "folder:pictures"}
+        (root / "params.yaml").write_text(yaml.safe_dump(params))
+
+    def start(self, *command: str | Path) -> subprocess.Popen:
+        """Starts a command in the copy, in a session of its own."""
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DAGSTER_HOME": str(self.root / ".dagster")}
+        env["PATH"] = f"{CHECKOUT / '.venv' / 'bin'}{os.pathsep}{env['PATH']}"
+        return subprocess.Popen(
+            list(map(str, command)),
+            cwd=self.root,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str | Path) -> str:
+        """Runs a command that must succeed; returns what it printed."""
+        process = self.start(*command)
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+        return said
+
+    def dvc(self, *arguments: str) -> str:
+        """The checkout's own dvc."""
+        return self.run(self.root / "tools" / "dvc", *arguments)
+
+    def dagster(self) -> tuple[str | Path, ...]:
+        """The command that materializes everything."""
+        (self.root / ".dagster").mkdir(exist_ok=True)
+        shutil.copy2(self.root / "orchestration" / "dagster.yaml", self.root / ".dagster")
+        dagster = Path(sys.executable).parent / "dagster"
+        selection = ("--select", "*", "-m", "orchestration.definitions")
+        return (dagster, "asset", "materialize", *selection)
+
+    def outputs(self) -> dict[str, str]:
+        """Digest of every file that a record names."""
+        found = {}
+        for stage in STAGES:
+            folder = self.root / "data" / stage
+            for name, output in read_record(folder / "record.json").outputs.items():
+                found[f"{stage}/{name}"] = output.sha256
+        return found
+
+    def ran(self, said: str) -> set[str]:
+        """The stages that dvc says it ran."""
+        return {stage for stage in STAGES if f"Running stage '{dvc_name(stage)}'" in said}
+
+    def reset(self) -> None:
+        """Back to the pictures and the code."""
+        for name in ("data", "dvc.lock", ".dvc/cache", ".dvc/tmp", ".cache", ".dagster"):
+            path = self.root / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
+
+
+def dvc_name(stage: str) -> str:
+    return stage.replace("/", "@")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    return Checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def by_shell(checkout: Checkout) -> dict[str, str]:
+    """Digests after `dvc repro` in the shell."""
+    checkout.reset()
+    assert checkout.ran(checkout.dvc("repro")) == set(STAGES)
+    return checkout.outputs()
+
+
+def test_after_the_first_run_all_is_up_to_date(checkout, by_shell):
+    assert "up to date" in checkout.dvc("status")
+    assert checkout.ran(checkout.dvc("repro")) == set()
+    lineage = ("lineage", "data/eval_reports/pretrained")
+    said = checkout.run(sys.executable, "-m", "dinov3", *lineage)
+    assert all(stage.partition("/")[0] in said for stage in STAGES)
+
+
+def test_materializing_everything_afterwards_changes_no_digest(checkout, by_shell):
+    checkout.run(*checkout.dagster())
+    assert checkout.outputs() == by_shell
+    assert "up to date" in checkout.dvc("status")
+
+
+def test_touching_a_picture_runs_nothing(checkout, by_shell):
+    (checkout.root / "pictures" / "line" / "000.png").touch()
+    assert "up to date" in checkout.dvc("status")
+    assert checkout.ran(checkout.dvc("repro")) == set()
+
+
+def test_report_holds_the_model_beside_its_baselines(checkout, by_shell):
+    report = json.loads((checkout.root / "data/eval_reports/pretrained/report.json").read_text())
+    subjects = {row["subject"] for row in report["rows"]}
+    assert {"model", "random init", "raw pixels", "majority class"} <= subjects
+
+
+def test_the_other_door_first_gives_the_same_digests(checkout, by_shell):
+    checkout.reset()
+    checkout.run(*checkout.dagster())
+    assert checkout.outputs() == by_shell
+    assert checkout.ran(checkout.dvc("repro")) == set()
+
+
+def test_one_more_picture_re_runs_exactly_what_descends_from_it(checkout, by_shell):
+    extra = checkout.root / "pictures" / "line" / "extra.png"
+    Image.new("RGB", (50, 40), "orange").save(extra)
+    try:
+        assert checkout.ran(checkout.dvc("repro")) == set(STAGES)
+    finally:
+        extra.unlink()
+
+
+def test_picture_changed_in_place_with_its_time_restored_is_noticed(checkout, by_shell):
+    checkout.dvc("repro")
+    path = checkout.root / "pictures" / "line" / "001.png"
+    before, data = path.stat(), path.read_bytes()
+    changed = bytearray(data)
+    changed[-20] ^= 1
+    path.write_bytes(bytes(changed))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    try:
+        assert "image_manifest" in checkout.dvc("status")
+    finally:
+        path.write_bytes(data)
+
+
+def wait_for_training(root: Path) -> psutil.Process:
+    """The training stage, once it has written a state."""
+    while not list((root / "data" / ".state").rglob("step_*.pt")):
+        time.sleep(0.05)
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        if "train" in (process.info["cmdline"] or []) and process.info["cwd"] == str(root):
+            return process
+    pytest.fail("training is over before it could be killed")
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    """Dead or a zombie, within the time a saving trainer is given."""
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
+
+
+LONGER = "schedules.num_steps=60 run.checkpoint_every=5"
+
+
+@pytest.fixture(scope="module")
+def longer(checkout: Checkout) -> dict[str, str]:
+    """Digests of a run long enough to be killed in."""
+    params = yaml.safe_load((checkout.root / "params.yaml").read_text())
+    params["overrides"]["pretrain"] = LONGER
+    (checkout.root / "params.yaml").write_text(yaml.safe_dump(params))
+    checkout.dvc("repro")
+    return checkout.outputs()
+
+
+@pytest.mark.parametrize("victim", ["stage", "dvc"])
+def test_shell_run_killed_with_9_leaves_no_orphan_and_ends_the_same(checkout, longer, victim):
+    checkout.reset()
+    process = checkout.start(checkout.root / "tools" / "dvc", "repro")
+    training = wait_for_training(checkout.root)
+    everyone = family(psutil.Process(process.pid))
+    (training if victim == "stage" else psutil.Process(process.pid)).send_signal(signal.SIGKILL)
+    process.communicate()
+    assert gone(everyone)
+    checkout.dvc("repro")
+    assert checkout.outputs() == longer
+
+
+def test_dagster_step_killed_with_9_leaves_no_orphan_and_ends_the_same(checkout, longer):
+    checkout.reset()
+    process = checkout.start(*checkout.dagster())
+    training = wait_for_training(checkout.root)
+    everyone = family(psutil.Process(process.pid))
+    dvc = next(parent for parent in training.parents() if "dvc" in parent.cmdline())
+    dvc.parent().send_signal(signal.SIGKILL)
+    process.communicate()
+    assert gone(everyone)
+    checkout.run(*checkout.dagster())
+    assert checkout.outputs() == longer
