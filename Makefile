@@ -44,7 +44,7 @@ bench: setup ## speed as ratios in one run, one thread each
 
 ui: setup ## Dagster on loopback, state in .dagster
 	@mkdir -p .dagster
-	@cp -n orchestration/dagster.yaml .dagster/dagster.yaml || true
+	@cp orchestration/dagster.yaml .dagster/dagster.yaml
 	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p 3000
 
 board: setup ## TensorBoard on loopback

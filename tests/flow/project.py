@@ -107,6 +107,12 @@ print("made", name, "x" * 10, sep="\\r", flush=True)
 '''
 
 
+def environment() -> dict[str, str]:
+    """Ours, with this interpreter first and the plain shell, as tools/dvc has it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "SHELL": "/bin/sh"}
+
+
 class Project:
     """A checkout of its own, with dvc set up."""
 
@@ -139,11 +145,10 @@ class Project:
 
     def dvc(self, *arguments: str, check: bool = True) -> str:
         """Runs dvc as a shell would; returns what it said."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             [DVC, *arguments],
             cwd=self.root,
-            env={**os.environ, "PATH": path, "SHELL": "/bin/sh"},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,0 +1,1 @@
+"""What exists: the lineage graph, one file per chapter."""

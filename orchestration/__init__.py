@@ -1,0 +1,1 @@
+"""How assets are made: machinery that knows no particular asset."""

@@ -1,0 +1,28 @@
+"""Composition root: everything that Dagster shows, from `dvc.yaml` and `assets/`.
+
+    dagster dev -w workspace.yaml
+
+Steps run in the process of their run: they only wait for dvc, and a process per step would cost
+ten seconds of imports each. What runs side by side is limited by the pool `gpu` over all runs.
+"""
+
+import dagster as dg
+
+from assets import data, evals, teacher
+from orchestration.runner import StageRunner
+from orchestration.stages import checkout_pipeline
+from orchestration.versions import dvc_lock_sensor
+
+everything = dg.define_asset_job(
+    "everything",
+    selection=dg.AssetSelection.all().materializable(),
+    description="All artifacts; what is up to date is not made again.",
+)
+
+defs = dg.Definitions(
+    assets=dg.load_assets_from_modules([data, teacher, evals]),
+    jobs=[everything],
+    sensors=[dvc_lock_sensor(checkout_pipeline())],
+    resources={"runner": StageRunner()},
+    executor=dg.in_process_executor,
+)

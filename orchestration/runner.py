@@ -1,0 +1,260 @@
+"""Materializing a stage is running it through dvc, as a shell would; this is the bridge.
+
+Dagster Pipes is left out on purpose: the core speaks files (`record.json`, `events.jsonl`) and
+plain lines on stderr, and dvc may restore a stage without running it, so what there is to say is
+read after dvc ended, in one way for a stage that ran, was restored or had nothing to do.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import dagster as dg
+
+from dinov3.errors import Interrupted, JudgementFailed, LineageBroken
+from dinov3.launch import DEFAULT_GRACE, start, stop
+from orchestration.events import root_events
+from orchestration.lock import DATA_VERSION, code_version, read_lock, version_tags
+from orchestration.metadata import describe
+from orchestration.rwlock import remove_stale_locks
+from orchestration.stages import CHECKOUT, Pipeline, PipelineStage, checkout_pipeline
+
+_LINES_SHOWN = 40
+
+_EXIT = re.compile(r"exited with (-?\d+)\s*$", re.MULTILINE)
+_MISSING = re.compile(r"No such file or directory: '([^']+)'|missing data '[^']*': (\S+)")
+_BUSY = "is busy, it is being blocked by"
+_DONE = {
+    "didn't change, skipping": "up to date",
+    "is cached - skipping run": "restored",
+    "Running stage": "ran",
+}
+_ADVICE = {
+    2: "It cannot be done as asked; the last line says what to change.",
+    JudgementFailed.exit_code: "Its own checks refuse the result; nothing downstream was made.",
+    LineageBroken.exit_code: "It failed, or an input differs from its record; see the last lines.",
+    Interrupted.exit_code: "It was interrupted; materialize it again to go on where it stopped.",
+}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a check says of the files of a stage."""
+
+    passed: bool
+    description: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+Check = Callable[[Path], Judgement]  # of the stage's folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How dvc ended and what was said meanwhile."""
+
+    code: int
+    text: str
+    seconds: float
+
+    @property
+    def done(self) -> str:
+        """`ran`, `restored` from the cache, or `up to date`."""
+        return next((word for mark, word in _DONE.items() if mark in self.text), "unknown")
+
+    @property
+    def is_busy(self) -> bool:
+        """Another process reads what this one writes, or writes what it reads."""
+        return bool(self.code) and _BUSY in self.text
+
+    @property
+    def stage_code(self) -> int | None:
+        """Exit code of the stage's own command, None when it was not the command that failed."""
+        found = _EXIT.findall(self.text)
+        return int(found[-1]) if self.code and found else None
+
+
+class StageRunner(dg.ConfigurableResource):
+    """Runs stages by dvc; whoever stops or kills us, nothing of them is left.
+
+    Attributes:
+        dvc: The command; relative paths are taken from the checkout.
+        grace_seconds: Time in which a stopped stage may save its state.
+        log_seconds: Output reaches Dagster's log at most this often.
+        max_retries: How often a stage is tried again while another process holds its files.
+        retry_seconds: Time between two such tries.
+    """
+
+    dvc: str = "tools/dvc"
+    grace_seconds: float = DEFAULT_GRACE
+    log_seconds: float = 2.0
+    max_retries: int = 60
+    retry_seconds: float = 10.0
+
+    def repro(self, stage: PipelineStage, root: Path, log: Callable[[str], None]) -> Outcome:
+        """Runs one stage and passes on its output; stops the whole tree on any exception."""
+        remove_stale_locks(root)
+        started = time.monotonic()
+        command = [str(CHECKOUT / self.dvc), "--wait-for-lock", "repro", "-s", stage.name]
+        with tempfile.TemporaryFile() as output:
+            process = start(
+                command, output=output, cwd=root, env=_environment(), grace=self.grace_seconds
+            )
+            try:
+                text = _follow(process, output, log, self.log_seconds)
+            finally:
+                stop(process, self.grace_seconds)
+                remove_stale_locks(root)
+        return Outcome(process.returncode, text, time.monotonic() - started)
+
+
+def stage_asset(
+    key: str,
+    *,
+    group: str,
+    kinds: set[str],
+    description: str,
+    checks: Mapping[str, Check] | None = None,
+    pool: str | None = None,
+    pipeline: Pipeline | None = None,
+) -> dg.AssetsDefinition:
+    """The asset of a stage; command, inputs, outputs and edges come from `dvc.yaml`.
+
+    Args:
+        key: Key of the stage.
+        group: Chapter of the graph.
+        kinds: Badges in the UI.
+        description: One sentence.
+        checks: Name to function of the stage's folder. They block: a red one stops downstream.
+            They run inside the step, so that a stage which refuses its own result shows them too.
+        pool: Limits how many run at once, over all runs.
+        pipeline: None for that of this checkout.
+    """
+    graph = pipeline or checkout_pipeline()
+    stage, judges = graph.stages[key], checks or {}
+
+    @dg.asset(
+        name=key,
+        deps=[*stage.upstream, *stage.roots],
+        group_name=group,
+        kinds=kinds,
+        description=description,
+        code_version=code_version(graph, stage),
+        pool=pool,
+        metadata={"command": stage.command, "outputs": "\n".join(stage.outs)},
+        check_specs=[
+            dg.AssetCheckSpec(name, asset=key, blocking=True, description=check.__doc__)
+            for name, check in judges.items()
+        ],
+        output_required=False,
+    )
+    def materialize(context: dg.AssetExecutionContext, runner: StageRunner) -> Iterator[Any]:
+        outcome = runner.repro(stage, graph.root, context.log.info)
+        if outcome.is_busy:
+            raise dg.RetryRequested(runner.max_retries, runner.retry_seconds)
+        results = _judge(graph.root / stage.folder, judges, outcome)
+        if outcome.code:
+            yield from results
+            raise _failure(stage, outcome)
+        lock = read_lock(graph.root)
+        tags = version_tags(graph, stage, lock)
+        yield from root_events(context.instance, graph, stage.roots, lock)
+        yield dg.MaterializeResult(
+            metadata={
+                "dvc": outcome.done,
+                "seconds": round(outcome.seconds, 1),
+                **describe(graph.root, stage, lock[stage.name]),
+            },
+            data_version=dg.DataVersion(tags[DATA_VERSION]),
+            tags=tags,
+            check_results=results,
+        )
+
+    return materialize
+
+
+def _judge(
+    folder: Path, checks: Mapping[str, Check], outcome: Outcome
+) -> list[dg.AssetCheckResult]:
+    """After a refusal the stage leaves its verdict in the folder; after other failures, nothing."""
+    if outcome.code and outcome.stage_code != JudgementFailed.exit_code:
+        return []
+    return [check_result(name, check(folder)) for name, check in checks.items()]
+
+
+def check_result(name: str, judgement: Judgement) -> dg.AssetCheckResult:
+    """A judgement in Dagster's words."""
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=judgement.passed,
+        description=judgement.description,
+        metadata=dict(judgement.facts),
+    )
+
+
+def _failure(stage: PipelineStage, outcome: Outcome) -> dg.Failure:
+    """Why it failed and what to do, with the last lines that were said."""
+    missing = _MISSING.search(outcome.text)
+    if outcome.stage_code is not None:
+        advice = _ADVICE.get(outcome.stage_code, "Its command ended in an unknown way.")
+    elif missing:
+        path = missing[1] or missing[2]
+        advice = f"{path} is missing; materialize what makes it first, or run dvc checkout."
+    else:
+        advice = "dvc itself failed; see the last lines."
+    last = "\n".join(outcome.text.splitlines()[-_LINES_SHOWN:])
+    return dg.Failure(
+        f"{stage.name}: {advice}\n{last}",
+        metadata={"exit_code": outcome.code if outcome.stage_code is None else outcome.stage_code},
+        allow_retries=False,
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Pins the interpreter and the shell: dvc takes `python` from PATH and its shell from SHELL."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {**os.environ, "PATH": path, "SHELL": "/bin/sh", "PYTHONUNBUFFERED": "1"}
+
+
+def _follow(
+    process: subprocess.Popen[bytes], output: IO[bytes], log: Callable[[str], None], period: float
+) -> str:
+    """Passes on whole lines as they come; returns everything that was said."""
+    said, shown = b"", 0
+    while True:
+        ended = _wait(process, period)  # looked at before reading, so that nothing is lost
+        said += os.pread(output.fileno(), 1 << 30, len(said))
+        until = len(said) if ended else max(said.rfind(b"\n"), said.rfind(b"\r")) + 1
+        _pass_on(said[shown:until], log)
+        shown = max(shown, until)
+        if ended:
+            return _lines(said)
+
+
+def _wait(process: subprocess.Popen[bytes], period: float) -> bool:
+    try:
+        process.wait(period)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _pass_on(chunk: bytes, log: Callable[[str], None]) -> None:
+    lines = [line for line in _lines(chunk).splitlines() if line.strip()]
+    if len(lines) > _LINES_SHOWN:
+        left_out = f"({len(lines) - _LINES_SHOWN} lines left out)"
+        lines = [left_out, *lines[-_LINES_SHOWN:]]
+    if lines:
+        log("\n".join(lines))
+
+
+def _lines(said: bytes) -> str:
+    """A progress bar rewrites its line with carriage returns: each becomes a line."""
+    return said.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")

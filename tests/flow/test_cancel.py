@@ -1,0 +1,84 @@
+"""However a run ends, nothing of it is left, and the next one goes on."""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from orchestration.stages import CHECKOUT
+from tests.flow.project import DVC, Project, environment
+
+GRACE = 3.0
+ALLOWED = 60.0  # seconds in which the kernel must have told of every end, on a crowded machine
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs PR_SET_PDEATHSIG and pidfds"
+)
+
+
+@pytest.fixture
+def project(tmp_path):
+    made = Project.create(tmp_path / "project")
+    os.mkfifo(made.root / "pids.fifo")
+    yield made
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(made.root):
+                process.kill()  # what a failed test left
+
+
+def materialize(project, key):
+    command = [sys.executable, "-m", "tests.flow.project", str(project.root), key, str(GRACE)]
+    output = (project.root / "worker.log").open("wb")
+    with output:
+        return subprocess.Popen(command, cwd=CHECKOUT, stdout=output, stderr=output)
+
+
+def running_pids(project):
+    """Pids of the stage and of its child in another session, once both run."""
+    stage, rank = (project.root / "pids.fifo").read_text().split()
+    return int(stage), int(rank)
+
+
+def is_gone(pidfd):
+    """Whether a process ends; a zombie has ended."""
+    ready, _, _ = select.select([pidfd], [], [], ALLOWED)
+    os.close(pidfd)
+    return bool(ready)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("mode", ["wait", "deaf"])
+def test_stopped_step_leaves_no_process_and_saves_once(project, number, mode):
+    project.set_modes(first=mode)
+    worker = materialize(project, "first")
+    watched = [os.pidfd_open(pid) for pid in running_pids(project)]
+    worker.send_signal(number)
+    assert [is_gone(one) for one in watched] == [True, True]
+    worker.wait()
+    assert (project.root / "saved.txt").read_text() == "SIGINT\n"  # the second would not save
+
+    project.set_modes()
+    project.dvc("repro")
+
+
+def test_killed_dvc_takes_its_stage_along(project):
+    project.set_modes(first="wait")
+    dvc = subprocess.Popen(
+        [DVC, "repro", "first"],
+        cwd=project.root,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    stage, _ = running_pids(project)
+    watched = os.pidfd_open(stage)
+    dvc.kill()
+    assert is_gone(watched)
+    dvc.wait()
+    assert (project.root / "saved.txt").read_text() == "SIGTERM\n"

@@ -1,0 +1,169 @@
+"""Two front doors, one pipeline: what one makes, the other knows."""
+
+import json
+import subprocess
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from dagster._core.loader import LoadingContextForTest
+
+from orchestration.lock import code_version, read_lock, version_tags
+from orchestration.runner import StageRunner
+from orchestration.versions import dvc_lock_sensor, report_lock
+from tests.flow.project import Project
+
+KEYS = ["first", "second", "third_left"]
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project.create(tmp_path / "project")
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as made:
+        yield made
+
+
+def latest(instance, key):
+    event = instance.get_latest_materialization_event(dg.AssetKey(key))
+    return None if event is None else event.asset_materialization
+
+
+def stale(project, instance):
+    """Keys that Dagster shows as not up to date."""
+    shown = dg.Definitions(assets=project.assets, resources={"runner": StageRunner()})
+    graph = shown.get_repository_def().asset_graph
+    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+    return [key for key in KEYS if resolver.get_status(dg.AssetKey(key)) != StaleStatus.FRESH]
+
+
+def test_materialized_artifacts_are_up_to_date_for_dvc(project, instance):
+    assert project.materialize(instance).success
+    assert "up to date" in project.dvc("status")
+    assert "Running stage" not in project.dvc("repro")
+    assert stale(project, instance) == []
+
+
+def test_shell_run_is_fresh_in_dagster_with_the_same_versions(project, instance):
+    project.dvc("repro")
+    assert report_lock(instance, project.pipeline) == ["raw_images", *KEYS]
+    from_shell = {key: latest(instance, key).tags for key in KEYS}
+    assert stale(project, instance) == []
+
+    assert project.materialize(instance).success
+    assert {key: latest(instance, key).tags for key in KEYS} == from_shell
+    assert all(latest(instance, key).metadata["dvc"].value == "up to date" for key in KEYS)
+
+
+def test_sensor_reports_an_artifact_once(project, instance):
+    project.dvc("repro")
+    sensor = dvc_lock_sensor(project.pipeline)
+    assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
+    with dg.build_sensor_context(instance=instance) as context:
+        assert "first, second, third_left" in sensor(context).skip_message
+        assert sensor(context).skip_message == "dvc.lock is as it was."
+    assert report_lock(instance, project.pipeline) == []
+
+
+def test_changed_source_is_stale_until_remade(project, instance):
+    project.materialize(instance)
+    project.set_source("two")
+    project.dvc("repro", "-s", "first")
+    assert report_lock(instance, project.pipeline) == ["raw_images", "first"]
+    assert stale(project, instance) == ["second"]
+    assert project.materialize(instance).success
+    assert stale(project, instance) == []
+
+
+def test_changed_code_is_stale_until_remade(project, instance):
+    project.materialize(instance)
+    script = project.root / "code" / "stage.py"
+    script.write_text(script.read_text() + "# changed\n")
+    assert stale(project, instance) == KEYS
+    project.dvc("repro")
+    report_lock(instance, project.pipeline)
+    assert stale(project, instance) == []
+
+
+def test_code_version_is_the_one_dvc_hashed(project):
+    project.dvc("repro")
+    lock = read_lock(project.root)
+    for stage in project.pipeline.stages.values():
+        tags = version_tags(project.pipeline, stage, lock)
+        assert code_version(project.pipeline, stage) == tags["dagster/code_version"]
+
+
+def test_materialization_tells_what_was_made(project, instance):
+    project.materialize(instance)
+    first, second = (latest(instance, key).metadata for key in KEYS[:2])
+    record = project.root / "data" / "first" / "record.json"
+    assert first["dvc"].value == "ran"
+    assert first["dagster/row_count"].value == json.loads(record.read_text())["facts"]["rows"]
+    assert "manifest.txt" in first["digests"].value
+    assert "data:image/svg+xml;base64," in second["curves"].value
+
+    (project.root / "data" / "second" / "manifest.txt").unlink()
+    project.materialize(instance, "second")
+    assert latest(instance, "second").metadata["dvc"].value == "restored"
+
+
+def test_refused_artifact_shows_its_verdict_and_blocks(project, instance):
+    project.set_modes(first="refuse")
+    result = project.materialize(instance)
+    assert not result.success
+    assert [latest(instance, key) for key in KEYS] == [None, None, None]
+    (verdict,) = result.get_asset_check_evaluations()
+    assert not verdict.passed
+    assert "rows of path: observed 0, wanted 1" in verdict.description
+    assert not (project.root / "data" / "second").exists()
+    error = result.failure_data_for_node("first").error.to_string()
+    assert "Its own checks refuse the result" in error
+    assert "refused by its own checks" in error  # the last lines of the stage
+
+
+def test_failed_stage_makes_no_materialization(project, instance):
+    project.materialize(instance)
+    before = latest(instance, "second")
+    project.set_modes(second="broken")
+    result = project.materialize(instance, "second", "third_left")
+    assert not result.success
+    assert latest(instance, "second") == before
+    assert result.get_asset_check_evaluations() == []
+    assert "cannot be done: second" in result.failure_data_for_node("second").error.to_string()
+
+
+def test_missing_input_is_named(project, instance):
+    result = project.materialize(instance, "second")
+    error = result.failure_data_for_node("second").error.to_string()
+    assert "data/first/manifest.txt is missing; materialize what makes it first" in error
+
+
+def test_held_path_is_tried_again(project, instance):
+    """An entry of a living dvc blocks; one whose number went to another process does not."""
+    lock = project.root / ".dvc" / "tmp" / "rwlock"
+    project.dvc("repro", "-s", "first")
+    other = subprocess.Popen(["sleep", "600"])
+    dvc = subprocess.Popen(["bash", "-c", "exec -a dvc sleep 600"], stdout=subprocess.PIPE)
+    try:
+        for holder, holds in ((other, False), (dvc, True)):
+            path = str(project.root / "data" / "second" / "manifest.txt")
+            entry = {path: {"pid": holder.pid, "cmd": "dvc repro"}}
+            lock.write_text(json.dumps({"write": entry, "read": {}}))
+            result = project.materialize(instance, "second", max_retries=1, retry_seconds=0)
+            retried = [e for e in result.all_events if e.is_step_up_for_retry]
+            assert (result.success, len(retried)) == (not holds, int(holds))
+    finally:
+        for process in (other, dvc):
+            process.kill()
+            process.communicate()
+
+
+def test_damaged_lock_of_a_killed_dvc_is_mended(project, instance):
+    project.dvc("repro", "-s", "first")
+    (project.root / ".dvc" / "tmp" / "rwlock").write_text("")
+    assert "corrupted" in project.dvc("repro", check=False)
+    assert project.materialize(instance).success
+    project.dvc("repro")

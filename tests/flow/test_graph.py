@@ -1,0 +1,120 @@
+"""One graph: what dvc.yaml states, what dvc reads in it, what Dagster shows."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dinov3.errors import ConfigError
+from orchestration.definitions import defs
+from orchestration.stages import CHECKOUT, checkout_pipeline, read_pipeline
+from tests.flow.project import DVC
+
+SNAPSHOT = Path(__file__).parent.parent / "golden" / "asset_graph.json"
+
+
+def dvc(*arguments):
+    done = subprocess.run(
+        [DVC, *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def asset_edges():
+    """Upstream keys by asset key, as Dagster has them."""
+    graph = defs.resolve_asset_graph()
+    return {
+        key.to_user_string(): sorted(up.to_user_string() for up in graph.get(key).parent_keys)
+        for key in graph.get_all_asset_keys()
+    }
+
+
+def write(folder, pipeline, params="{}"):
+    (folder / "dvc.yaml").write_text(pipeline)
+    (folder / "params.yaml").write_text(params)
+    return folder
+
+
+def test_stages_are_those_of_dvc():
+    listed = dvc("stage", "list", "--all", "--name-only").split()
+    assert sorted(stage.name for stage in checkout_pipeline().stages.values()) == sorted(listed)
+
+
+def test_edges_are_those_of_dvc():
+    stages = checkout_pipeline().stages
+    drawn = set(re.findall(r'"([^"]+)" -> "([^"]+)"', dvc("dag", "--full", "--dot")))
+    read = {(stages[up].name, one.name) for one in stages.values() for up in one.upstream}
+    assert read == drawn
+
+
+def test_assets_are_the_stages_and_their_sources():
+    pipeline = checkout_pipeline()
+    expected = {
+        key: sorted((*stage.upstream, *stage.roots)) for key, stage in pipeline.stages.items()
+    }
+    assert asset_edges() == {**expected, **{root: [] for root in pipeline.sources}}
+
+
+def test_asset_graph_is_the_committed_one(request):
+    graph = dict(sorted(asset_edges().items()))
+    if request.config.getoption("--update-goldens"):
+        SNAPSHOT.write_text(json.dumps(graph, indent=2) + "\n")
+    assert graph == json.loads(SNAPSHOT.read_text())
+
+
+def test_commands_are_those_of_dvc(tmp_path):
+    """Interpolated as dvc does it, by what it says it would run."""
+    write(
+        tmp_path,
+        """
+stages:
+  one:
+    foreach: [x, y]
+    do:
+      cmd: echo ${item} ${a.b} ${flag} "${number}"
+  two:
+    foreach: {u: {model: m1}, v: {model: m2}}
+    do:
+      cmd: echo ${key} ${item.model}
+""",
+        "a: {b: text}\nflag: true\nnumber: 0.5\n",
+    )
+    for arguments in (("init", "--no-scm", "-q"), ("repro", "--dry")):
+        done = subprocess.run(
+            [DVC, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+    said = re.findall(r"Running stage '(.+)':\n> (.+)", done.stdout)
+    stages = read_pipeline(tmp_path).stages.values()
+    assert sorted((stage.name, stage.command) for stage in stages) == sorted(said)
+    assert sorted(stage.key for stage in stages) == ["one_x", "one_y", "two_u", "two_v"]
+
+
+def test_two_stages_with_one_key_are_named(tmp_path):
+    stages = "stages:\n  a_b: {cmd: echo}\n  a:\n    foreach: [b]\n    do: {cmd: echo}\n"
+    with pytest.raises(ConfigError, match="one asset key 'a_b' for a@b, a_b"):
+        read_pipeline(write(tmp_path, stages))
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("stages: {a: {cmd: 'echo ${b}'}}", r"dvc.yaml: a: unknown name, got \${b}"),
+        ("stages: {a: {cmd: echo, wdir: x}}", "a: not read here, got wdir"),
+        ("vars: []", "only stages are read here, got vars"),
+        (
+            "stages: {a: {cmd: x, outs: [o/d]}, b: {cmd: y, deps: [o/d/f]}}",
+            "b: part of an output, got o/d/f",
+        ),
+        (
+            "stages: {a: {cmd: x, outs: [o], deps: [p]}, b: {cmd: y, outs: [p], deps: [o]}}",
+            "stages in a circle, got a, b",
+        ),
+        ("stages: [", "cannot be read"),
+    ],
+)
+def test_what_dvc_would_read_otherwise_is_refused(tmp_path, stages, said):
+    with pytest.raises(ConfigError, match=said):
+        read_pipeline(write(tmp_path, stages))
