@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from dinov3.device import choose_device
 from dinov3.errors import ConfigError, DataError
 from dinov3.evals.baselines import RAW_PIXELS, RawPixels, baseline_models, majority_scores
-from dinov3.evals.features import Preparation, choose_device, extract, extract_all
+from dinov3.evals.features import Preparation, extract, extract_all
 from dinov3.models.vit import VisionTransformer, ViTConfig
 from dinov3.recipe import load_recipe
 
