@@ -18,7 +18,7 @@ image_manifest = stage_asset(
 )  # fmt: skip
 
 image_embeddings = stage_asset(
-    "image_embeddings", group="data", kinds={"parquet"}, pool="gpu",
+    "image_embeddings", group="data", kinds={"parquet"},
     description="One unit vector per image, to find copies and clusters with.",
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ from orchestration.stages import checkout_pipeline
 
 eval_reports = [
     stage_asset(
-        key, group="evals", kinds={"pytorch", "html"}, pool="gpu",
+        key, group="evals", kinds={"pytorch", "html"},
         checks={"bound": report_bound},
         description="k-NN, probes and retrieval beside random weights, pixels and majority class.",
     )

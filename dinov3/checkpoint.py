@@ -10,6 +10,7 @@ import fcntl
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from dinov3.errors import CheckpointError
 
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError)
 _STATE_NAME = re.compile(r"step_(\d{9})\.pt")
 
 
@@ -68,8 +70,13 @@ def load_state(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing or not a state.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not look at the checksums
+        if damaged is not None:
+            msg = f"checksum of {damaged} does not hold"
+            raise zipfile.BadZipFile(msg)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (*_UNREADABLE, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         msg = (
             f"{path}: not a readable checkpoint: {error}. Remove it to continue from an older one."
         )

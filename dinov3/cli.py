@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 lineage broken, 2 cannot be done as asked, 3 refused by it
 130 interrupted and resumable.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from dinov3.config import Section, TrainConfig, config_digest, dump
-from dinov3.errors import DataError, DinoError
+from dinov3.errors import ConfigError, DataError, DinoError
 from dinov3.recipe import load_recipe
 
 app = typer.Typer(
@@ -152,7 +153,7 @@ def train(
     from dinov3.train.pretrain import pretrain
 
     pretrain(
-        stage_name=stage,
+        stage_name=_stage_key(stage),
         source=source,
         manifest=manifest,
         dataset=dataset,
@@ -178,7 +179,7 @@ def report(
 
     tree = _recipe(recipe, overrides, "evals")
     make_report(
-        stage,
+        _stage_key(stage),
         source=source,
         model=model,
         manifest=manifest,
@@ -221,8 +222,10 @@ def embed(
     model: Annotated[str, typer.Option(help="Folder of a trained model, or a hub name.")],
     output: Annotated[Path, typer.Option(help="The parquet file.")] = Path("features.parquet"),
     weights: Annotated[Path | None, typer.Option(help="File of a hub model's weights.")] = None,
-    size: Annotated[int, typer.Option(help="Side of the square the model sees, pixels.")] = 224,
-    batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 64,
+    size: Annotated[
+        int, typer.Option(min=1, help="Side of the square the model sees, pixels.")
+    ] = 224,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
 ) -> None:
     """Write the CLS features of every picture to parquet."""
@@ -258,17 +261,20 @@ def summary(
     report: Annotated[Path, typer.Argument(help="report.json of an eval_reports stage.")],
 ) -> None:
     """Print a report's k-NN beside its baselines, and where to look."""
-    import json
+    from dinov3.evals.report import summarise_file
 
-    from dinov3.evals.report import knn_summary
-
-    if not report.is_file():
-        msg = f"{report}: no report there. Make it first: dvc repro."
-        raise DataError(msg)
-    print(knn_summary(json.loads(report.read_text(encoding="utf-8"))))
+    print(summarise_file(report))
     print(f"\nreport       {report.with_suffix('.html')}")
     print("TensorBoard  make board   Dagster  make ui")
     print("lineage      python -m dinov3 lineage data/pretrained_checkpoint")
+
+
+def _stage_key(text: str) -> str:
+    """The key as a record may hold it."""
+    if not re.fullmatch(r"[a-z0-9_@]+", text):
+        msg = f"stage: not a key of lower-case letters, digits, _ and @, got {text!r}. Rename it."
+        raise ConfigError(msg)
+    return text
 
 
 def _spec(text: str) -> str:

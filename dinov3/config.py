@@ -6,22 +6,43 @@ YAML files.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from dinov3.release.record import digest_of
 
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise PydanticCustomError("unordered", "The first must not be above the second")
+    return pair
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
-Range = tuple[float, float]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Channel = Annotated[int, Field(ge=0, le=255)]
+Colour = tuple[Channel, Channel, Channel]
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
+ScaleRange = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(_ordered)]
 
 
 class Section(BaseModel):
     """Base of every part of a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class SplitConfig(Section):
@@ -52,8 +73,8 @@ class ManifestConfig(Section):
     expect: ExpectationsConfig
 
 
-class EmbeddingsRun(Section):
-    """What cannot change the embeddings."""
+class InferenceRun(Section):
+    """What cannot change features of a frozen model, nor figures about them."""
 
     batch_size: Count
     device: str
@@ -66,8 +87,8 @@ class EmbeddingsConfig(Section):
     embedder: str  # "pixels" or the name of a backbone in dinov3.hub
     weights: str | None  # local file of that backbone
     size: Count  # pixels of the square the embedder sees
-    seed: int
-    run: EmbeddingsRun
+    seed: Seed
+    run: InferenceRun
 
 
 class CalibrationConfig(Section):
@@ -99,12 +120,11 @@ class ClusteringConfig(Section):
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
-        if len(self.num_clusters) != len(self.num_resampled):
-            msg = (
-                f"num_resampled: needs one entry per level, got {len(self.num_resampled)} for "
-                f"{len(self.num_clusters)} levels. Give both lists the same length."
-            )
-            raise ValueError(msg)
+        levels, given = len(self.num_clusters), len(self.num_resampled)
+        _require(
+            levels == given,
+            f"num_resampled: needs one entry per level, got {given} for {levels}. Even them.",
+        )
         return self
 
 
@@ -112,7 +132,7 @@ class CurationConfig(Section):
     """`curated_dataset`: deduplicated, clustered, balanced."""
 
     phase: Literal["curation"]
-    seed: int
+    seed: Seed
     dedup: DedupConfig
     clustering: ClusteringConfig
     keep_fraction: Fraction  # of the deduplicated pool, drawn by balanced sampling
@@ -133,7 +153,7 @@ class ModelConfig(Section):
     mask_k_bias: bool
     norm: Literal["layernorm", "layernormbf16", "rmsnorm"]
     layerscale: Positive | None
-    drop_path: Fraction
+    drop_path: BelowOne
     untie_global_and_local_cls_norm: bool
     rope_base: Positive | None
     rope_rescale: Positive | None
@@ -165,8 +185,8 @@ class CropsConfig(Section):
     global_size: Count
     local_size: Count
     num_local: Count
-    global_scale: Range
-    local_scale: Range
+    global_scale: ScaleRange  # of the picture's area
+    local_scale: ScaleRange
     horizontal_flip: Fraction
     brightness: NonNegative
     contrast: NonNegative
@@ -175,11 +195,11 @@ class CropsConfig(Section):
     jitter: Fraction
     grayscale: Fraction
     blur: tuple[Fraction, Fraction, Fraction]  # global crop 1, global crop 2, local crops
-    blur_sigma: Range
+    blur_sigma: PositiveRange
     solarize: Fraction  # global crop 2 only
     mean: tuple[float, float, float]
     std: tuple[Positive, Positive, Positive]
-    backgrounds: tuple[tuple[int, int, int], ...]  # one is drawn per image with transparency
+    backgrounds: tuple[Colour, ...]  # one is drawn per image with transparency
     cache_size: Count | None  # longest side in pixels an image is reduced to before cropping
 
 
@@ -187,7 +207,7 @@ class MasksConfig(Section):
     """Block masking of global crops for iBOT."""
 
     probability: Fraction
-    ratio: tuple[Fraction, Fraction]
+    ratio: FractionRange
 
 
 class LossesConfig(Section):
@@ -205,7 +225,7 @@ class OptimConfig(Section):
     """AdamW and its groups."""
 
     batch_size: Annotated[int, Field(ge=2)]  # images per step, all ranks together
-    betas: tuple[Fraction, Fraction]
+    betas: tuple[BelowOne, BelowOne]
     clip: Positive  # gradient norm per sub-module
     layerwise_decay: Positive
     patch_embed_lr_mult: Positive
@@ -234,22 +254,21 @@ class SchedulesConfig(Section):
 
     @model_validator(mode="after")
     def _schedules_fit(self) -> Self:
-        for name in ("lr", "weight_decay", "teacher_temperature", "momentum"):
-            part: ScheduleConfig = getattr(self, name)
-            needed = part.warmup_steps + (part.cosine_steps or 0)
-            if needed > self.num_steps:
-                msg = (
+        for name, part in self:
+            if isinstance(part, ScheduleConfig):
+                needed = part.warmup_steps + (part.cosine_steps or 0)
+                _require(
+                    needed <= self.num_steps,
                     f"schedules.{name}: warm-up and cosine take {needed} steps, got num_steps="
-                    f"{self.num_steps}. Shorten schedules.{name}.warmup_steps."
+                    f"{self.num_steps}. Shorten schedules.{name}.warmup_steps.",
                 )
-                raise ValueError(msg)
         return self
 
 
 class HealthConfig(Section):
     """Thresholds that stop a collapsed run; judged on the EMA teacher's CLS features."""
 
-    num_images: Count  # probe images
+    num_images: Annotated[int, Field(ge=2)]  # of the probe; one alone has no neighbour
     min_participation_ratio: NonNegative
     max_mean_cosine: float
     min_prototype_entropy: NonNegative
@@ -275,7 +294,7 @@ class TrainConfig(Section):
     """A training phase."""
 
     phase: Literal["pretrain"]
-    seed: int
+    seed: Seed
     model: ModelConfig
     heads: HeadsConfig
     crops: CropsConfig
@@ -288,35 +307,22 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        patch = self.model.patch_size
-        for name in ("global_size", "local_size"):
-            size = getattr(self.crops, name)
-            if size % patch:
-                msg = (
-                    f"crops.{name}: not a multiple of the patch size {patch}, got {size}. Round it."
-                )
-                raise ValueError(msg)
-        if self.model.embed_dim % (4 * self.model.num_heads):
-            msg = (
-                f"model.embed_dim: must be a multiple of 4 x num_heads (axial RoPE), got "
-                f"{self.model.embed_dim} with {self.model.num_heads} heads. Change one."
+        patch, width, heads = self.model.patch_size, self.model.embed_dim, self.model.num_heads
+        batch, group = self.optim.batch_size, self.losses.koleo_group_size
+        for name, size in self.crops:
+            _require(
+                name not in ("global_size", "local_size") or size % patch == 0,
+                f"crops.{name}: not a multiple of the patch size {patch}, got {size}. Round it.",
             )
-            raise ValueError(msg)
-        group = self.losses.koleo_group_size
-        if group is not None and self.optim.batch_size % group:
-            msg = (
-                f"losses.koleo_group_size: must divide the batch of {self.optim.batch_size}, "
-                f"got {group}. Choose a divisor."
-            )
-            raise ValueError(msg)
+        _require(
+            width % (4 * heads) == 0,
+            f"model.embed_dim: not a multiple of 4 x {heads} heads (RoPE), got {width}. Round it.",
+        )
+        _require(
+            group is None or batch % group == 0,
+            f"losses.koleo_group_size: must divide the batch of {batch}, got {group}. Change one.",
+        )
         return self
-
-
-class EvalsRun(Section):
-    """What cannot change the figures."""
-
-    batch_size: Count
-    device: str
 
 
 class KnnConfig(Section):
@@ -348,7 +354,7 @@ class LinearConfig(Section):
 class RetrievalConfig(Section):
     """Instance retrieval: find the other view of the same picture."""
 
-    scale: Range  # of the random views
+    scale: ScaleRange  # of the random views
     num_images: Count | None
 
 
@@ -356,11 +362,11 @@ class EvalsConfig(Section):
     """`eval_reports_*`: protocols, baselines, intervals."""
 
     phase: Literal["evals"]
-    seed: int
+    seed: Seed
     fit: Literal["crop", "pad"]  # centre crop, or padded to a square
     resize: Count  # crop: short side before the cut; pad: the long side is reduced to this at most
     crop: Count  # side of the square the model sees
-    background: tuple[int, int, int]  # shows through transparency and fills the padding
+    background: Colour  # shows through transparency and fills the padding
     exclude_labels: tuple[str, ...]
     min_per_class: Count
     knn: KnnConfig
@@ -369,16 +375,14 @@ class EvalsConfig(Section):
     retrieval: RetrievalConfig
     num_random_inits: Count
     num_bootstrap: Count
-    run: EvalsRun
+    run: InferenceRun
 
     @model_validator(mode="after")
     def _cut_fits(self) -> Self:
-        if self.fit == "crop" and self.resize < self.crop:
-            msg = (
-                f"resize: shorter than the cut of {self.crop} pixels, got {self.resize}. "
-                f"Use at least crop, or fit=pad."
-            )
-            raise ValueError(msg)
+        _require(
+            self.fit == "pad" or self.resize >= self.crop,
+            f"resize: shorter than the cut of {self.crop}, got {self.resize}. Raise it or fit=pad.",
+        )
         return self
 
 

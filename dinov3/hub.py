@@ -52,6 +52,7 @@ def _released(embed_dim: int, depth: int, num_heads: int, **fields: Any) -> ViTC
 
 
 _GATED: dict[str, Any] = {"ffn": "swiglu", "ffn_ratio": 6.0}
+_UNTIED: dict[str, Any] = {"untie_global_and_local_cls_norm": True}
 ARCHITECTURES: Mapping[str, ViTConfig] = {
     "dinov3_vits16": _released(384, 12, 6),
     "dinov3_vits16plus": _released(384, 12, 6, **_GATED),
@@ -60,13 +61,7 @@ ARCHITECTURES: Mapping[str, ViTConfig] = {
     "dinov3_vitl16plus": _released(1024, 24, 16, **_GATED),
     "dinov3_vith16plus": _released(1280, 32, 20, **_GATED),
     "dinov3_vit7b16": _released(
-        4096,
-        40,
-        32,
-        ffn="swiglu64",
-        ffn_ratio=3.0,
-        qkv_bias=False,
-        untie_global_and_local_cls_norm=True,
+        4096, 40, 32, ffn="swiglu64", ffn_ratio=3.0, qkv_bias=False, **_UNTIED
     ),
 }
 
@@ -84,7 +79,7 @@ def _builder(name: str) -> Callable[..., VisionTransformer]:
         chosen = _parse_weights(name, weights)
         fields = dataclasses.asdict(ARCHITECTURES[name])
         if _is_satellite(name, chosen):
-            fields["untie_global_and_local_cls_norm"] = True
+            fields.update(_UNTIED)
         config = ViTConfig.from_fields({**fields, **overrides})
         _check_source(name, chosen, pretrained)
         if isinstance(chosen, Weights):
@@ -389,8 +384,20 @@ def _fill(
         name: tensors[name].to(device=target, dtype=value.dtype, copy=True)
         for name, value in expected.items()
     }
+    broken = [name for name, value in state.items() if not _is_finite(name, value)]
+    if broken:
+        msg = (
+            f"{path}: NaN or infinity among the weights, got it in {_some(broken, 3)}. Train anew."
+        )
+        raise CheckpointError(msg)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def _is_finite(name: str, value: Tensor) -> bool:
+    if value.is_meta or value.numel() == 0 or name.endswith(".bias_mask"):  # NaN until filled
+        return True
+    return bool(torch.stack(torch.aminmax(value)).isfinite().all())
 
 
 def _some(names: list[str], limit: int = 20) -> str:

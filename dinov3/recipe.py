@@ -35,7 +35,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), *, phase: str = "pretr
     tree = _resolve(path, ())
     for override in overrides:
         _apply(tree, override)
-    kind = type_of_phase.get(tree.get("phase", ""))
+    kind = type_of_phase.get(str(tree.get("phase")))
     if kind is None:
         known, got = ", ".join(type_of_phase), tree.get("phase")
         msg = f"{path.name}: phase is not one of {known}, got {got!r}. Set it."
@@ -47,6 +47,9 @@ def load_recipe(name: str, overrides: Iterable[str] = (), *, phase: str = "pretr
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError(_explain(error, kind, name)) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        msg = f"recipe {name}: a value JSON does not know, got {error}. Write it as text or number."
+        raise ConfigError(msg) from error
 
 
 def recipe_families() -> list[str]:
@@ -59,13 +62,20 @@ def _recipe_path(name: str, phase: str) -> Path:
         path = Path(name)
     else:
         path = RECIPES / (f"{name}.yaml" if "/" in name else f"{name}/{phase}.yaml")
-    if not path.is_file():
+    if not _is_file(path):
         known = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
         near = difflib.get_close_matches(name, [*recipe_families(), *known], 1, 0.4)
         hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
         msg = f"recipe: no such recipe, got {name!r} (phase {phase}). {hint}"
         raise ConfigError(msg)
     return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # not allowed to look there, or the name is too long to be one
+        return False
 
 
 def _resolve(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -75,10 +85,11 @@ def _resolve(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         msg = f"{path}: extends itself, got {chain}. Break the circle."
         raise ConfigError(msg)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        msg = f"{path}: not readable as YAML: {error}. Mend the line it names."
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path}: not a readable text, got {error}. Give a file of YAML."
         raise ConfigError(msg) from error
+    tree = _parse(text, str(path), "Mend it")
     if not isinstance(tree, dict):
         kind = type(tree).__name__
         msg = f"{path}: not a mapping of keys to values, got {kind}. Write `key: value`."
@@ -87,7 +98,7 @@ def _resolve(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parent is None:
         return tree
     beside = path.parent / str(parent)
-    parent_path = beside if beside.is_file() else _recipe_path(str(parent), path.stem)
+    parent_path = beside if _is_file(beside) else _recipe_path(str(parent), path.stem)
     return _merge(_resolve(parent_path, (*seen, path)), tree)
 
 
@@ -105,11 +116,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         msg = f"override: not of the form key=value, got {override!r}. Write e.g. seed=1."
         raise ConfigError(msg)
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        msg = f"override {key}: value is not YAML, got {text!r}. Quote it."
-        raise ConfigError(msg) from error
+    value = _parse(text, f"override {key}", "Quote it")
     *parents, last = key.split(".")
     node: dict[str, Any] = tree
     for part in parents:
@@ -119,11 +126,25 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = below
     if last not in node:
         raise ConfigError(_unknown(key, key, node, last))
-    node[last] = _merge(node[last], value) if isinstance(value, dict) else value
+    both = isinstance(node[last], dict) and isinstance(value, dict)
+    node[last] = _merge(node[last], value) if both else value
+
+
+def _parse(text: str, where: str, action: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        msg = f"{where}: not readable as YAML, got lists or mappings nested too deep. {action}."
+        raise ConfigError(msg) from error
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # PyYAML's own constructors fall over `!!int x`, `!!bool x`, `!!map [1]`, `!!timestamp x`
+        shown = " ".join(str(error).split())
+        msg = f"{where}: not readable as YAML, got {text[:60]!r} ({shown}). {action}."
+        raise ConfigError(msg) from error
 
 
 def _unknown(where: str, got: str, valid: Iterable[str], part: str) -> str:
-    names = sorted(valid)
+    names = sorted(str(name) for name in valid)
     near = difflib.get_close_matches(part, names, 1, 0.5)
     hint = f"Did you mean {near[0]}?" if near else f"Valid here: {', '.join(names)}."
     return f"{where}: unknown key, got {got!r}. {hint}"
@@ -139,11 +160,18 @@ def _explain(error: ValidationError, kind: type[Section], name: str) -> str:
         elif item["type"] == "value_error":
             text = item["msg"].removeprefix("Value error, ")
             lines.append(text)
+        elif item["type"] == "recursion_loop" or item["type"] == "json_invalid":
+            lines.append(f"{where or 'values'}: {item['msg']}. Make them flatter.")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing. Set it, or extend a recipe that does.")
         else:
-            lines.append(f"{where}: {item['msg']}, got {item['input']!r}. Change it.")
+            lines.append(f"{where}: {item['msg']}, got {_short(item['input'])}. Change it.")
     return f"recipe {name}: " + "; ".join(lines)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _fields(kind: type[BaseModel], parents: Iterable[Any]) -> list[str]:
@@ -155,7 +183,7 @@ def _fields(kind: type[BaseModel], parents: Iterable[Any]) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where 1e-4 is a number and a key may stand only once."""
+    """YAML where 1e-4 is a number, a date is text and a key may stand only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -166,8 +194,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("float", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,10 @@ class Stage:
         self._edges.append(Edge(role, name, sha256, None))
         self._licences.update(licences)
 
-    def add_edge(self, edge: Edge) -> None:
-        """Adds an input whose bytes are vouched for elsewhere."""
+    def add_edge(self, edge: Edge, licences: Iterable[str]) -> None:
+        """Adds an input whose bytes are vouched for elsewhere, with its licences."""
         self._edges.append(edge)
+        self._licences.update(licences)
 
     @property
     def edges(self) -> tuple[Edge, ...]:

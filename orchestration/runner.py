@@ -122,7 +122,6 @@ def stage_asset(
     kinds: set[str],
     description: str,
     checks: Mapping[str, Check] | None = None,
-    pool: str | None = None,
     pipeline: Pipeline | None = None,
 ) -> dg.AssetsDefinition:
     """The asset of a stage; command, inputs, outputs and edges come from `dvc.yaml`.
@@ -134,7 +133,6 @@ def stage_asset(
         description: One sentence.
         checks: Name to function of the stage's folder. They block: a red one stops downstream.
             They run inside the step, so that a stage which refuses its own result shows them too.
-        pool: Limits how many run at once, over all runs.
         pipeline: None for that of this checkout.
     """
     graph = pipeline or checkout_pipeline()
@@ -147,7 +145,6 @@ def stage_asset(
         kinds=kinds,
         description=description,
         code_version=code_version(graph, stage),
-        pool=pool,
         metadata={"command": stage.command, "outputs": "\n".join(stage.outs)},
         check_specs=[
             dg.AssetCheckSpec(name, asset=key, blocking=True, description=check.__doc__)

@@ -68,11 +68,11 @@ def make_curated(*, manifest: Path, embeddings: Path, output: Path, config: Cura
 
     Raises:
         ConfigError: The thresholds were calibrated for another embedder.
-        DataError: Nothing would be left to train on.
+        DataError: A table lacks a column, or nothing would be left to train on.
         LineageBroken: The two tables do not speak of the same images, or differ from the record.
     """
     with open_stage("curated_dataset", output, config=dump(config)) as stage:
-        table = pl.read_parquet(stage.read("manifest", manifest), columns=_COLUMNS)
+        table = _read_columns(stage.read("manifest", manifest), _COLUMNS, "an image table")
         vectors = _read_embeddings(stage.read("embeddings", embeddings), table)
         _check_embedder(embeddings, config)
         curated = curate(
@@ -189,8 +189,21 @@ def _check_some_left(pool: Ints, wrong: str, action: str) -> None:
         raise DataError(msg)
 
 
+def _read_columns(path: Path, columns: Sequence[str], kind: str) -> pl.DataFrame:
+    try:
+        present = pl.read_parquet_schema(path)
+        missing = [name for name in columns if name not in present]
+        if missing:
+            msg = f"{path}: not {kind}, got no column {', '.join(missing)}. Give the right file."
+            raise DataError(msg)
+        return pl.read_parquet(path, columns=list(columns))
+    except pl.exceptions.PolarsError as error:
+        msg = f"{path}: not a table of parquet, got {str(error)!r}. Make it anew."
+        raise DataError(msg) from error
+
+
 def _read_embeddings(path: Path, table: pl.DataFrame) -> Floats:
-    embedded = pl.read_parquet(path)
+    embedded = _read_columns(path, ["path", "sha256", "embedding"], "a table of embeddings")
     if not embedded.select("path", "sha256").equals(table.select("path", "sha256")):
         msg = (
             f"{path}: speaks of other images than the manifest, got {len(embedded)} rows for "

@@ -51,10 +51,11 @@ def embed_source(
         num_images, and unreadable (reason -> count), which is also said on standard error.
 
     Raises:
-        DataError: No picture can be read, or the output cannot be written.
+        DataError: No picture can be read, or the output cannot be written there.
         CheckpointError: The model cannot be used.
         ConfigError: The size is not a multiple of the patch size.
     """
+    _check_place(output)
     place = choose_device(device)
     candidate = open_candidate(model, weights, place)
     candidate.require_divisible(size)
@@ -73,6 +74,16 @@ def embed_source(
     if unreadable:
         sys.stderr.write(f"embed: {unreadable.total()} not readable: {dict(unreadable)}\n")
     return {"num_images": num_images, "unreadable": dict(sorted(unreadable.items()))}
+
+
+def _check_place(output: Path) -> None:
+    """Before the work: a misspelt folder is not made, a folder is not overwritten."""
+    if not output.parent.is_dir():
+        msg = f"output: no such folder, got {output.parent}. Make it first, or choose another."
+        raise DataError(msg)
+    if output.is_dir():
+        msg = f"output: a folder, got {output}. Give the name of a file in it."
+        raise DataError(msg)
 
 
 def _table(batch: list[SourceImage], cls: np.ndarray) -> pa.Table:
@@ -95,7 +106,6 @@ def _write(output: Path, tables: Iterator[pa.Table], source: str) -> int:
         msg = f"source: no readable image, got {source}. Choose another source."
         raise DataError(msg)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         num_rows: int = first.num_rows
         with pq.ParquetWriter(temporary, first.schema) as writer:
             writer.write_table(first)

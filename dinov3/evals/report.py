@@ -5,7 +5,8 @@
 `report.json` is canonical JSON without times or places: equal inputs give equal bytes.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def make_report(
         stage.read("backbone", model / BACKBONE_NAME)
         stage.read("model config", model / CONFIG_NAME)
         table = read_table(stage.read("manifest", manifest))
-        kept = _kept_rows(pl.read_parquet(stage.read("dataset", dataset)), table, dataset)
+        kept = _kept_rows(_read_curated(stage.read("dataset", dataset)), table, dataset)
         halves = labelled_halves(
             table, exclude_labels=config.exclude_labels, min_per_class=config.min_per_class
         )
@@ -156,12 +157,24 @@ def read_table(path: Path) -> pl.DataFrame:
     """The image table, with the columns an evaluation needs.
 
     Raises:
-        DataError: A column is missing.
+        DataError: It is no parquet, or a column is missing.
     """
-    table = pl.read_parquet(path)
-    missing = [name for name in COLUMNS if name not in table.columns]
+    return _read_columns(path, COLUMNS, "an image table")
+
+
+def _read_curated(path: Path) -> pl.DataFrame:
+    return _read_columns(path, ("path", "sha256", "kept"), "a curated dataset")
+
+
+def _read_columns(path: Path, columns: Sequence[str], kind: str) -> pl.DataFrame:
+    try:
+        table = pl.read_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        msg = f"{path}: not a table of parquet, got {str(error)!r}. Make it anew."
+        raise DataError(msg) from error
+    missing = [name for name in columns if name not in table.columns]
     if missing:
-        msg = f"{path}: not an image table, got no column {', '.join(missing)}. Make it anew."
+        msg = f"{path}: not {kind}, got no column {', '.join(missing)}. Give the right file."
         raise DataError(msg)
     return table
 
@@ -174,8 +187,11 @@ def knn_summary(report: Mapping[str, Any]) -> str:
     """
     k = headline_k(report["rows"])
     if not k:
-        reasons = ", ".join(f"{item['protocol']} {item['reason']}" for item in report["missing"])
-        return f"k-NN: not judged ({reasons})"
+        protocols: dict[str, list[str]] = {}
+        for item in report["missing"]:
+            protocols.setdefault(item["reason"], []).append(item["protocol"])
+        reasons = (f"{', '.join(names)}: {reason}" for reason, names in protocols.items())
+        return f"k-NN: not judged ({'; '.join(reasons)})"
     dataset = report["dataset"]
     rows = {row["subject"]: row for row in _headline_rows(report, k)}
     lines = [
@@ -191,6 +207,26 @@ def knn_summary(report: Mapping[str, Any]) -> str:
             name = f"{MODEL} - {row['against']}"
             lines.append(f"  {name:<21} {row['value']:+.3f}  {interval}")
     return "\n".join(lines)
+
+
+def summarise_file(path: Path) -> str:
+    """The `knn_summary` of a report.json.
+
+    Raises:
+        DataError: There is no such file, or it is no report.
+    """
+    if not path.is_file():
+        msg = f"{path}: no report there. Make it first: dvc repro."
+        raise DataError(msg)
+    try:
+        report = json.loads(path.read_bytes())
+        if report["schema"] != SCHEMA:
+            msg = f"{path}: not a report, got schema {report['schema']!r}. Give a report.json."
+            raise DataError(msg)
+        return knn_summary(report)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        msg = f"{path}: not a report of this program, got {error!r}. Give a report.json."
+        raise DataError(msg) from error
 
 
 def _headline_rows(report: Mapping[str, Any], k: int) -> list[dict[str, Any]]:

@@ -10,141 +10,131 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinov3.release.record import (
-    RECORD_NAME,
-    RUN_NAME,
-    Edge,
-    Record,
-    RecordError,
-    file_sha256,
-    parse_json,
-    read_record,
-)
-from dinov3.release.tensors import tensor_digest
+from dinov3.release.checks import Node, Nodes, chain_faults, faults, known_names, load, locate
+from dinov3.release.record import RECORD_NAME, RecordError
 
 _DIGEST = re.compile(r"[0-9a-f]{8,64}")
-
-
-@dataclass(frozen=True)
-class Node:
-    """A record on disk: its folder, its own digest, its content."""
-
-    folder: Path
-    digest: str
-    record: Record
 
 
 class LineageError(ValueError):
     """Nothing to start from: no such path, digest or record."""
 
 
-def collect(root: Path) -> tuple[dict[str, Node], list[str]]:
-    """All records below a folder by their digest, and what is wrong with the unreadable ones."""
-    nodes, unreadable = {}, []
+@dataclass
+class Findings:
+    """What an audit saw: the chain with its depths, differences, and what it could not check."""
+
+    chain: list[tuple[int, Node]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """1 when something differs, else 2 when something could not be checked, else 0."""
+        return 1 if self.wrong else 2 if self.unchecked else 0
+
+
+def collect(root: Path) -> tuple[dict[str, list[Node]], list[str]]:
+    """All records below a folder by their digest, and what is wrong with the unreadable ones.
+
+    Hidden folders are passed over: what lies beside resumable state is a copy.
+    """
+    nodes: dict[str, list[Node]] = {}
+    unreadable = []
     for path in sorted(root.rglob(RECORD_NAME)):
-        digest = file_sha256(path)
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
         try:
-            nodes[digest] = Node(path.parent, digest, read_record(path))
+            node = load(path.parent)
         except RecordError as error:
             unreadable.append(str(error))
+            continue
+        if node is not None:
+            nodes.setdefault(node.digest, []).append(node)
     return nodes, unreadable
 
 
-def find(target: str, root: Path, nodes: dict[str, Node]) -> Node:
+def find(target: str, root: Path, nodes: Nodes) -> Node:
     """The record that made a path or a digest (of a file, of tensors, of a record).
 
     Raises:
         LineageError: No record names it.
+        RecordError: The record beside the path is unreadable.
     """
-    path = Path(target)
-    if path.exists():
-        folder = path if path.is_dir() else path.parent
-        found = [node for node in nodes.values() if node.folder.resolve() == folder.resolve()]
-        if not found:
-            found = [node for node in collect(folder)[0].values() if node.folder == folder]
+    every = [node for copies in nodes.values() for node in copies]
+    if Path(target).exists():
+        folder = _folder_of(Path(target))
+        found = [node for node in every if node.folder.resolve() == folder.resolve()]
+        outside = None if found else load(folder)
+        found += [] if outside is None else [outside]
     elif _DIGEST.fullmatch(target):
-        found = [node for node in nodes.values() if _names(node, target)]
+        found = [node for node in every if _names(node, target)]
     else:
         found = []
     if not found:
         msg = f"{target}: no record below {root} names it. Give a path, a digest, or --root."
         raise LineageError(msg)
-    if len({node.digest for node in found}) > 1:
-        msg = f"{target}: names {len(found)} records. Give more digits."
+    digests = {node.digest for node in found}
+    if len(digests) > 1:
+        msg = f"{target}: names {len(digests)} records. Give more digits."
         raise LineageError(msg)
     return found[0]
 
 
-def faults(node: Node) -> Iterator[str]:
-    """What on disk differs from a record, file by file."""
-    for name, output in node.record.outputs.items():
-        path = node.folder / name
-        if not path.is_file():
-            continue  # shown as absent; what is not here cannot be checked
-        if (found := file_sha256(path)) != output.sha256:
-            yield f"{path}: changed, its sha256 is {found}, the record says {output.sha256}"
-        elif output.tensors is not None and tensor_digest(path) != output.tensors:
-            yield f"{path}: the record's tensor digest does not belong to these bytes"
-    yield from _run_faults(node)
+def _folder_of(path: Path) -> Path:
+    """A folder itself; of a file the nearest folder above it that has a record."""
+    if path.is_dir():
+        return path
+    above = [path.parent, *path.parent.resolve().parents]
+    return next((folder for folder in above if (folder / RECORD_NAME).exists()), path.parent)
 
 
-def _run_faults(node: Node) -> Iterator[str]:
-    """`run.json` names its record and the files beside it that inputs do not determine."""
-    path = node.folder / RUN_NAME
-    if not path.is_file():
-        return
-    try:
-        run = parse_json(path.read_bytes())
-        named, beside = run["record"], run["beside"].items()
-    except (RecordError, KeyError, TypeError, AttributeError) as error:
-        yield f"{path}: not readable: {error}"
-        return
-    if named != node.digest:
-        yield f"{node.folder / RECORD_NAME}: changed, {RUN_NAME} beside it names another record"
-    for name, sha256 in beside:
-        found = node.folder / name
-        if found.is_file() and file_sha256(found) != sha256:
-            yield f"{found}: changed, {RUN_NAME} beside it names other bytes"
+def unrecorded(target: str, node: Node) -> Iterator[str]:
+    """A file that lies in a stage's folder is not therefore the stage's."""
+    path = Path(target)
+    if path.exists() and not path.is_dir():
+        name = (path.parent.resolve() / path.name).relative_to(node.folder.resolve()).as_posix()
+        if name not in known_names(node):
+            yield f"{path}: unrecorded, neither the record nor run.json beside it names it"
 
 
-def chain_faults(node: Node, nodes: dict[str, Node]) -> Iterator[str]:
-    """Edges that lead nowhere, or to a record that does not vouch for the bytes."""
-    for edge in node.record.inputs:
-        if edge.record is None:
-            continue
-        above = nodes.get(edge.record)
-        if above is None:
-            yield _lost_record(node, edge, nodes)
-        elif edge.name not in above.record.outputs:
-            yield f"{node.folder / RECORD_NAME}: {above.record.stage} never wrote {edge.name}"
-        elif above.record.outputs[edge.name].sha256 != edge.sha256:
-            yield f"{node.folder / RECORD_NAME}: {edge.name} is not what {above.record.stage} wrote"
-
-
-def _lost_record(node: Node, edge: Edge, nodes: dict[str, Node]) -> str:
-    for other in nodes.values():
-        output = other.record.outputs.get(edge.name)
-        if output is not None and output.sha256 == edge.sha256:
-            changed = other.folder / RECORD_NAME
-            return f"{changed}: changed, {node.record.stage} was made from another record"
-    return f"{node.folder / RECORD_NAME}: the record of its input {edge.name} is not there"
-
-
-def walk(node: Node, nodes: dict[str, Node]) -> list[tuple[int, Node]]:
-    """The node and its ancestors with their depth, each once, nearest first."""
-    seen: dict[str, tuple[int, Node]] = {}
-    queue = [(0, node)]
-    while queue:
-        depth, current = queue.pop(0)
-        if current.digest in seen:
-            continue
-        seen[current.digest] = (depth, current)
+def walk(node: Node, nodes: Nodes) -> list[tuple[int, Node]]:
+    """The node and its ancestors with their depth, each folder once, nearest first."""
+    depths = {node.digest: 0}
+    queue = [node]
+    for current in queue:
         above = {edge.record for edge in current.record.inputs if edge.record in nodes}
-        queue += [(depth + 1, nodes[digest]) for digest in sorted(above, key=str)]
-    return list(seen.values())
+        for digest in sorted(above - depths.keys(), key=str):
+            depths[str(digest)] = depths[current.digest] + 1
+            queue.append(nodes[str(digest)][0])
+    return [(depths[one.digest], copy) for one in queue for copy in nodes[one.digest]]
+
+
+def audit(target: str, root: Path) -> Findings:
+    """Follows a target to the roots and checks every record on the way."""
+    findings = Findings()
+    try:
+        nodes, findings.wrong = collect(root)
+        start = find(target, root, nodes)
+        if start not in nodes.get(start.digest, ()):
+            nodes.setdefault(start.digest, []).insert(0, start)
+        findings.wrong.extend(unrecorded(target, start))
+        findings.chain = walk(start, nodes)
+    except RecordError as error:
+        findings.wrong.append(str(error))
+    except (LineageError, OSError) as error:
+        findings.unchecked.append(str(error))
+    chain = {node.digest for _, node in findings.chain}
+    for _, node in findings.chain:
+        try:
+            findings.wrong.extend(faults(node))
+            findings.wrong.extend(chain_faults(node, nodes, chain))
+        except OSError as error:
+            findings.unchecked.append(str(error))
+    return findings
 
 
 def describe(depth: int, node: Node) -> Iterator[str]:
@@ -154,8 +144,7 @@ def describe(depth: int, node: Node) -> Iterator[str]:
     yield f"{pad}{_plain(record.stage)}  record {node.digest[:16]}  {_plain(str(node.folder))}"
     for name, output in sorted(record.outputs.items()):
         tensors = f"  tensors {output.tensors[:16]}" if output.tensors else ""
-        absent = "" if (node.folder / name).is_file() else "  (not here, not checked)"
-        shown = f"{output.sha256[:16]}  {output.bytes} bytes{tensors}{absent}"
+        shown = f"{output.sha256[:16]}  {output.bytes} bytes{tensors}{_absence(node, name)}"
         yield f"{pad}  wrote {_plain(name)}  {shown}"
     for edge in record.inputs:
         origin = f"record {edge.record[:16]}" if edge.record else "the chain begins here"
@@ -174,22 +163,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("target", help="file, folder of a stage, or digest (8 digits or more)")
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the records lie")
     options = parser.parse_args(arguments)
-    wrong: list[str] = []
-    try:
-        nodes, wrong = collect(options.root)
-        start = find(options.target, options.root, nodes)
-        ancestry = walk(start, nodes | {start.digest: start})
-        wrong += [fault for _, node in ancestry for fault in faults(node)]
-        wrong += [fault for _, node in ancestry for fault in chain_faults(node, nodes)]
-    except (LineageError, RecordError, OSError) as error:
-        for fault in [*wrong, str(error)]:
-            print(f"lineage: {_plain(fault)}", file=sys.stderr)
-        return 1 if wrong else 2
-    for depth, node in ancestry:
+    findings = audit(options.target, options.root)
+    for depth, node in findings.chain:
         print("\n".join(describe(depth, node)))
-    for fault in wrong:
+    for fault in dict.fromkeys([*findings.wrong, *findings.unchecked]):
         print(f"lineage: {_plain(fault)}", file=sys.stderr)
-    return 1 if wrong else 0
+    return findings.exit_code
+
+
+def _absence(node: Node, name: str) -> str:
+    try:
+        return "" if locate(node.folder, name) else "  (not here, not checked)"
+    except (RecordError, OSError):  # named among the faults
+        return "  (not checked)"
 
 
 def _names(node: Node, digest: str) -> bool:

@@ -7,11 +7,13 @@ by the artifact alone, a record with kinder claims over the same bytes would pas
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SCHEMA = "dinov3.record/1"
 RECORD_NAME = "record.json"
@@ -86,9 +88,14 @@ def parse_json(data: bytes) -> Any:
     """
     try:
         return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except RecordError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: also integers of too many digits
         msg = f"not readable as JSON: {error}"
         raise RecordError(msg) from error
 
@@ -100,11 +107,14 @@ def file_sha256(path: Path) -> str:
 
 
 def read_record(path: Path) -> Record:
-    """Reads and checks one `record.json`.
+    """Reads and checks one `record.json`: every field's presence and kind.
 
     Raises:
-        RecordError: It is not a record of a schema this version knows.
+        RecordError: It is not a record of a schema this version knows, or not a regular file.
     """
+    if path.exists() and not path.is_file():
+        msg = f"{path}: not a regular file"
+        raise RecordError(msg)
     try:
         raw = parse_json(path.read_bytes())
     except RecordError as error:
@@ -112,38 +122,127 @@ def read_record(path: Path) -> Record:
         raise RecordError(msg) from error
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
-        msg = f"{path}: schema is not {SCHEMA}, got {found!r}. Read it with the version it names."
+        shown = reprlib.repr(found)
+        msg = f"{path}: schema is not {SCHEMA}, got {shown}. Read it with the version it names."
         raise RecordError(msg)
     try:
+        canonical_json(raw)  # lone surrogates, which no digest can be made of
         return _record_from(raw)
-    except (KeyError, TypeError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         msg = f"{path}: a field is missing or of the wrong kind: {error}"
         raise RecordError(msg) from error
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _HEX.fullmatch(value) is not None
+
+
+def _is_digest_or_none(value: Any) -> bool:
+    return value is None or _is_digest(value)
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+_SHA256 = "a sha256 in lower-case hexadecimal"
+_TEXT: _Kind = ("a string", _is_text)
+_OBJECT: _Kind = ("an object", _is_object)
+_DIGEST: _Kind = (_SHA256, _is_digest)
+_DIGEST_OR_NONE: _Kind = (f"{_SHA256} or null", _is_digest_or_none)
+_RECORD: dict[str, _Kind] = {
+    "schema": _TEXT,
+    "stage": _TEXT,
+    "inputs": ("a list", _is_list),
+    "config": _OBJECT,
+    "config_digest": _DIGEST,
+    "code": _DIGEST,
+    "environment": _DIGEST,
+    "outputs": _OBJECT,
+    "seeds": _OBJECT,
+    "steps": _OBJECT,
+    "licences": _OBJECT,
+    "facts": _OBJECT,
+}
+_EDGE = {"role": _TEXT, "name": _TEXT, "sha256": _DIGEST, "record": _DIGEST_OR_NONE}
+_OUTPUT: dict[str, _Kind] = {
+    "sha256": _DIGEST,
+    "bytes": ("a size in bytes", _is_size),
+    "tensors": _DIGEST_OR_NONE,
+}
+_OPTIONAL = {"seeds", "steps", "facts", "tensors"}
+
+
 def _record_from(raw: dict[str, Any]) -> Record:
-    inputs = tuple(Edge(**edge) for edge in raw["inputs"])
-    outputs = {name: Output(**output) for name, output in raw["outputs"].items()}
-    digests = [edge.sha256 for edge in inputs] + [output.sha256 for output in outputs.values()]
-    digests += [edge.record for edge in inputs if edge.record is not None]
-    for value in digests:
-        if not isinstance(value, str) or not _HEX.fullmatch(value):
-            msg = f"not a sha256 in lower-case hexadecimal: {value!r}"
+    fields = _checked("record", raw, _RECORD)
+    inputs = tuple(
+        Edge(**_checked(f"inputs[{number}]", edge, _EDGE))
+        for number, edge in enumerate(fields["inputs"])
+    )
+    outputs = {
+        name: Output(**_checked(f"outputs[{reprlib.repr(name)}]", output, _OUTPUT))
+        for name, output in fields["outputs"].items()
+    }
+    sides = dict.fromkeys(fields["licences"], ("a list of strings", _is_texts))
+    licences = {
+        side: tuple(names)
+        for side, names in _checked("licences", fields["licences"], sides).items()
+    }
+    return Record(**{**fields, "inputs": inputs, "outputs": outputs, "licences": licences})
+
+
+def _checked(where: str, raw: Any, kinds: Mapping[str, _Kind]) -> dict[str, Any]:
+    """The object itself, when it has the fields it needs, no others, each of its kind."""
+    if not isinstance(raw, dict):
+        msg = f"{where}: not an object, got {reprlib.repr(raw)}"
+        raise TypeError(msg)
+    missing, unknown = kinds.keys() - raw.keys() - _OPTIONAL, raw.keys() - kinds.keys()
+    if missing or unknown:
+        word, names = ("lacks", missing) if missing else ("unknown field", unknown)
+        msg = f"{where}: {word} {reprlib.repr(min(names))}"
+        raise TypeError(msg)
+    for name, value in raw.items():
+        words, fits = kinds[name]
+        if not fits(value):
+            msg = f"{where}: {name}: not {words}: {reprlib.repr(value)}"
             raise TypeError(msg)
-    licences = {side: tuple(names) for side, names in raw["licences"].items()}
-    return Record(**{**raw, "inputs": inputs, "outputs": outputs, "licences": licences})
+    return raw
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        msg = f"the key {twice!r} stands twice"
-        raise RecordError(msg)
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            msg = f"the key {reprlib.repr(name)} stands twice"
+            raise RecordError(msg)
+        found[name] = value
     return found
 
 
-def _refuse_constant(name: str) -> Any:
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _refuse_constant(text[:40])
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
     msg = f"not a number JSON knows: {name}"
     raise RecordError(msg)

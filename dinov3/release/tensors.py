@@ -8,7 +8,7 @@ without torch, in constant memory.
 import hashlib
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from dinov3.release.record import RecordError, digest_of, parse_json
 
@@ -25,7 +25,7 @@ def tensor_digest(path: Path) -> str:
     with path.open("rb") as stream:
         header, start = _read_header(stream, path.stat().st_size)
         rows = []
-        for name in sorted(header, key=lambda text: text.encode("utf-8")):
+        for name in sorted(header, key=lambda text: text.encode()):
             entry = header[name]
             begin, end = entry["data_offsets"]
             rows.append([name, entry["dtype"], entry["shape"], _hash(stream, start, begin, end)])
@@ -43,17 +43,40 @@ def _read_header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         msg = "safetensors header: not an object"
         raise RecordError(msg)
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        _check_entry(name, entry)
     _check_offsets(header, size - 8 - length)
     return header, 8 + length
 
 
+def _check_entry(name: str, entry: Any) -> None:
+    """A tensor has a name in UTF-8, a dtype, a shape and two offsets; its size is not judged."""
+    if not _is_text(name):
+        msg = f"safetensors header: a name is not Unicode, got {name!r}"
+        raise RecordError(msg)
+    fields = entry if isinstance(entry, dict) else {}
+    offsets = fields.get("data_offsets")
+    if not _is_text(fields.get("dtype")) or not _are_sizes(fields.get("shape")):
+        msg = f"safetensors header: {name!r} lacks a dtype or a shape"
+        raise RecordError(msg)
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        msg = f"safetensors header: {name!r} lacks data_offsets of two integers"
+        raise RecordError(msg)
+
+
+def _is_text(value: Any) -> bool:
+    """A string that UTF-8 can hold, which a lone surrogate is not."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    """A list of integers, none negative; JSON's true is an integer to Python."""
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+
+
 def _check_offsets(header: dict[str, Any], size: int) -> None:
     """The byte ranges must tile the data exactly: no gap, no overlap, nothing left over."""
-    try:
-        ranges = sorted(tuple(entry["data_offsets"]) for entry in header.values())
-    except (KeyError, TypeError) as error:
-        msg = f"safetensors header: an entry lacks data_offsets: {error}"
-        raise RecordError(msg) from error
+    ranges = sorted(tuple(entry["data_offsets"]) for entry in header.values())
     at = 0
     for begin, end in ranges:
         if begin != at or end < begin:

@@ -93,9 +93,17 @@ def pretrain(
 
 def _training_images(stage: Stage, source: str, manifest: Path, dataset: Path) -> ImageSet:
     stage.read("manifest", manifest)
-    table = pl.read_parquet(stage.read("dataset", dataset)).filter(pl.col("kept"))
-    if table.is_empty():
-        msg = f"{dataset}: no image is kept, got 0 rows. Loosen the curation recipe."
+    table = pl.read_parquet(stage.read("dataset", dataset))
+    if "kept" not in table.columns:
+        msg = (
+            f"{dataset}: not a curated dataset, got columns {table.columns}. Give curated.parquet."
+        )
+        raise DataError(msg)
+    table = table.filter(pl.col("kept"))
+    if table.height < 2:
+        msg = (
+            f"{dataset}: too few images are kept to train on, got {table.height}. Loosen curation."
+        )
         raise DataError(msg)
     stage.facts = {"num_images": table.height}
     return SourceImages(open_source(source), table["path"].to_list(), table["sha256"].to_list())
@@ -139,6 +147,12 @@ def _resume_explicitly(trainer: Trainer, stage: Stage, resume: Path, key: str) -
     if any(not name.startswith("schedules.") for name in changed):
         msg = f"resume: the finished run had other settings, got {', '.join(changed)}. Undo them."
         raise CheckpointError(msg)
+    if _same_file(stage.output / RECORD_NAME, here):
+        msg = (
+            f"resume: {stage.output} holds the finished run itself, which the longer one is made "
+            "from. Choose another --output."
+        )
+        raise CheckpointError(msg)
     if state["step"] >= trainer.config.schedules.num_steps:
         msg = (
             f"resume: {resume.name} already has {state['step']} steps, got schedules.num_steps="
@@ -147,8 +161,13 @@ def _resume_explicitly(trainer: Trainer, stage: Stage, resume: Path, key: str) -
         raise CheckpointError(msg)
     trainer.resume(resume)
     weights = record.outputs[BACKBONE_NAME]
-    stage.add_edge(Edge("resume", BACKBONE_NAME, weights.sha256, file_sha256(here)))
+    edge = Edge("resume", BACKBONE_NAME, weights.sha256, file_sha256(here))
+    stage.add_edge(edge, record.licences.get("out", ()))
     _say(f"extending the finished run of {state['step']} steps")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.is_file() and file_sha256(one) == file_sha256(other)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -18,7 +18,7 @@ from dinov3.config import TrainConfig
 from dinov3.data.augment import Augmentation, Batch, gallery
 from dinov3.data.loader import ImageSet, TrainingLoader
 from dinov3.data.masking import sample_masks
-from dinov3.errors import Interrupted, TrainingDiverged
+from dinov3.errors import CheckpointError, Interrupted, TrainingDiverged
 from dinov3.train.build import build_augmentation, build_method, build_optimizer, build_schedules
 from dinov3.train.ema import ema_update
 from dinov3.train.events import EventLog
@@ -69,6 +69,17 @@ class Trainer:
         if source is None:
             return False
         state = load_state(source)
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            msg = (
+                f"{source}: not a state of this run: {error}. Remove it to go on from an older one."
+            )
+            raise CheckpointError(msg) from error
+        self._log_size = 0 if path else state["log_size"]
+        return True
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.method.student.load_state_dict(state["student"])
         self.method.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -76,8 +87,6 @@ class Trainer:
         self.health = state["health"]
         self.interruptions = [*state["interruptions"], {"resumed_at_step": self.step}]
         self._bad_steps = state["bad_steps"]
-        self._log_size = 0 if path else state["log_size"]
-        return True
 
     def run(self) -> None:
         """Trains to the end.

@@ -92,19 +92,39 @@ def test_changed_recipe_starts_afresh_and_says_so(world, tmp_path):
 
 
 def test_finished_run_is_extended_and_names_the_run_before(world, tmp_path):
-    output = tmp_path / "pretrained_checkpoint"
+    output, longer = tmp_path / "pretrained_checkpoint", tmp_path / "longer"
     dinov3(*world.training(output, *OVERRIDES))
     before = read_record(output / "record.json")
     state = tmp_path / ".state" / "pretrained_checkpoint" / "finished" / f"step_{STEPS:09d}.pt"
     more = f"schedules.num_steps={STEPS + 3}"
-    done = dinov3(*world.training(output, more), "--resume", state)
+    in_place = dinov3(*world.training(output, more), "--resume", state)
+    assert in_place.returncode == 2
+    assert "Choose another --output" in in_place.stderr
+    done = dinov3(*world.training(longer, more), "--resume", state)
     assert done.returncode == 0, done.stderr
-    record = read_record(output / "record.json")
+    record = read_record(longer / "record.json")
     assert record.steps == {"planned": STEPS + 3, "performed": STEPS + 3}
     (edge,) = (edge for edge in record.inputs if edge.role == "resume")
     assert edge.sha256 == before.outputs["backbone.safetensors"].sha256
-    chain = dinov3("lineage", output, "--root", tmp_path)
+    chain = dinov3("lineage", longer, "--root", tmp_path)
     assert "read resume" in chain.stdout
+
+
+def test_damaged_state_is_refused_and_says_what_to_do(world, uninterrupted, tmp_path):
+    output = tmp_path / "pretrained_checkpoint"
+    code, _ = stop_after(start(world, output, *OVERRIDES), 4, signal.SIGTERM)
+    assert code == 130
+    newest = max((tmp_path / ".state" / "pretrained_checkpoint").rglob("step_*.pt"))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(bytes(data))
+    refused = dinov3(*world.training(output, *OVERRIDES))
+    assert refused.returncode == 2
+    assert "Remove it to continue from an older one" in refused.stderr
+    newest.unlink()
+    again = dinov3(*world.training(output, *OVERRIDES))
+    assert again.returncode == 0, again.stderr
+    assert digests(output) == digests(uninterrupted)
 
 
 def test_extension_with_other_settings_is_refused(world, tmp_path):
@@ -112,7 +132,7 @@ def test_extension_with_other_settings_is_refused(world, tmp_path):
     dinov3(*world.training(output, *OVERRIDES))
     state = tmp_path / ".state" / "pretrained_checkpoint" / "finished" / f"step_{STEPS:09d}.pt"
     other = ("schedules.num_steps=20", "losses.koleo=0.5")
-    done = dinov3(*world.training(output, *other), "--resume", state)
+    done = dinov3(*world.training(tmp_path / "longer", *other), "--resume", state)
     assert done.returncode == 2
     assert "other settings, got losses.koleo" in done.stderr
 

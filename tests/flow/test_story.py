@@ -97,8 +97,22 @@ class Checkout:
         """The stages that dvc says it ran."""
         return {stage for stage in STAGES if f"Running stage '{dvc_name(stage)}'" in said}
 
-    def reset(self) -> None:
+    def settle(self, pretrain: str = "") -> dict[str, str]:
+        """All made by dvc, with these overrides of training; returns the digests."""
+        self.override(pretrain)
+        self.dvc("repro")
+        return self.outputs()
+
+    def override(self, pretrain: str) -> None:
+        """Sets what is laid over the training recipe."""
+        path = self.root / "params.yaml"
+        params = yaml.safe_load(path.read_text())
+        params["overrides"]["pretrain"] = pretrain
+        path.write_text(yaml.safe_dump(params))
+
+    def reset(self, pretrain: str = "") -> None:
         """Back to the pictures and the code."""
+        self.override(pretrain)
         for name in ("data", "dvc.lock", ".dvc/cache", ".dvc/tmp", ".cache", ".dagster"):
             path = self.root / name
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
@@ -122,6 +136,7 @@ def by_shell(checkout: Checkout) -> dict[str, str]:
 
 
 def test_after_the_first_run_all_is_up_to_date(checkout, by_shell):
+    assert checkout.settle() == by_shell
     assert "up to date" in checkout.dvc("status")
     assert checkout.ran(checkout.dvc("repro")) == set()
     lineage = ("lineage", "data/eval_reports/pretrained")
@@ -130,18 +145,21 @@ def test_after_the_first_run_all_is_up_to_date(checkout, by_shell):
 
 
 def test_materializing_everything_afterwards_changes_no_digest(checkout, by_shell):
+    assert checkout.settle() == by_shell
     checkout.run(*checkout.dagster())
     assert checkout.outputs() == by_shell
     assert "up to date" in checkout.dvc("status")
 
 
 def test_touching_a_picture_runs_nothing(checkout, by_shell):
+    checkout.settle()
     (checkout.root / "pictures" / "line" / "000.png").touch()
     assert "up to date" in checkout.dvc("status")
     assert checkout.ran(checkout.dvc("repro")) == set()
 
 
 def test_report_holds_the_model_beside_its_baselines(checkout, by_shell):
+    checkout.settle()
     report = json.loads((checkout.root / "data/eval_reports/pretrained/report.json").read_text())
     subjects = {row["subject"] for row in report["rows"]}
     assert {"model", "random init", "raw pixels", "majority class"} <= subjects
@@ -155,6 +173,7 @@ def test_the_other_door_first_gives_the_same_digests(checkout, by_shell):
 
 
 def test_one_more_picture_re_runs_exactly_what_descends_from_it(checkout, by_shell):
+    checkout.settle()
     extra = checkout.root / "pictures" / "line" / "extra.png"
     Image.new("RGB", (50, 40), "orange").save(extra)
     try:
@@ -164,7 +183,7 @@ def test_one_more_picture_re_runs_exactly_what_descends_from_it(checkout, by_she
 
 
 def test_picture_changed_in_place_with_its_time_restored_is_noticed(checkout, by_shell):
-    checkout.dvc("repro")
+    checkout.settle()
     path = checkout.root / "pictures" / "line" / "001.png"
     before, data = path.stat(), path.read_bytes()
     changed = bytearray(data)
@@ -177,10 +196,10 @@ def test_picture_changed_in_place_with_its_time_restored_is_noticed(checkout, by
         path.write_bytes(data)
 
 
-def wait_for_training(root: Path) -> psutil.Process:
-    """The training stage, once it has written a state."""
-    while not list((root / "data" / ".state").rglob("step_*.pt")):
-        time.sleep(0.05)
+def wait_for_training(root: Path, step: int) -> psutil.Process:
+    """The training stage, once it has written the state after so many steps."""
+    while not list((root / "data" / ".state").rglob(f"step_{step:09d}.pt")):
+        time.sleep(0.02)
     for process in psutil.process_iter(["cmdline", "cwd"]):
         if "train" in (process.info["cmdline"] or []) and process.info["cwd"] == str(root):
             return process
@@ -203,33 +222,29 @@ LONGER = "schedules.num_steps=60 run.checkpoint_every=5"
 @pytest.fixture(scope="module")
 def longer(checkout: Checkout) -> dict[str, str]:
     """Digests of a run long enough to be killed in."""
-    params = yaml.safe_load((checkout.root / "params.yaml").read_text())
-    params["overrides"]["pretrain"] = LONGER
-    (checkout.root / "params.yaml").write_text(yaml.safe_dump(params))
-    checkout.dvc("repro")
-    return checkout.outputs()
+    return checkout.settle(LONGER)
 
 
+@pytest.mark.parametrize("step", [5, pytest.param(45, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("victim", ["stage", "dvc"])
-def test_shell_run_killed_with_9_leaves_no_orphan_and_ends_the_same(checkout, longer, victim):
-    checkout.reset()
+def test_shell_run_killed_with_9_leaves_no_orphan_and_ends_the_same(checkout, longer, victim, step):
+    checkout.reset(LONGER)
     process = checkout.start(checkout.root / "tools" / "dvc", "repro")
-    training = wait_for_training(checkout.root)
+    training = wait_for_training(checkout.root, step)
     everyone = family(psutil.Process(process.pid))
     (training if victim == "stage" else psutil.Process(process.pid)).send_signal(signal.SIGKILL)
     process.communicate()
     assert gone(everyone)
-    checkout.dvc("repro")
-    assert checkout.outputs() == longer
+    assert checkout.settle(LONGER) == longer
 
 
-def test_dagster_step_killed_with_9_leaves_no_orphan_and_ends_the_same(checkout, longer):
-    checkout.reset()
+@pytest.mark.parametrize("step", [5, pytest.param(45, marks=pytest.mark.slow)])
+def test_dagster_step_killed_with_9_leaves_no_orphan_and_ends_the_same(checkout, longer, step):
+    checkout.reset(LONGER)
     process = checkout.start(*checkout.dagster())
-    training = wait_for_training(checkout.root)
+    wait_for_training(checkout.root, step)
     everyone = family(psutil.Process(process.pid))
-    dvc = next(parent for parent in training.parents() if "dvc" in parent.cmdline())
-    dvc.parent().send_signal(signal.SIGKILL)
+    psutil.Process(process.pid).send_signal(signal.SIGKILL)
     process.communicate()
     assert gone(everyone)
     checkout.run(*checkout.dagster())

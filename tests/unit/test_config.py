@@ -1,6 +1,7 @@
 """Recipes: what is refused, what is hashed, what a family resolves to."""
 
 import pytest
+import yaml
 
 from dinov3.config import TrainConfig, config_digest, dump, type_of_phase
 from dinov3.errors import ConfigError
@@ -23,11 +24,17 @@ def test_every_shipped_recipe_resolves(family, phase):
 @pytest.mark.parametrize("phase", type_of_phase)
 def test_no_recipe_repeats_a_value_of_its_parent(family, phase):
     """A recipe is a diff: every key it sets changes something."""
-    import yaml
-
     own = yaml.safe_load((RECIPES / family / f"{phase}.yaml").read_text())
     parent = load_recipe(own.pop("extends")).model_dump(mode="json")
     assert not list(repeated(own, parent))
+
+
+@pytest.mark.parametrize("family", recipe_families())
+@pytest.mark.parametrize("phase", type_of_phase)
+def test_recipe_extends_only_what_the_pipeline_watches(family, phase):
+    """`dvc.yaml` depends on a stage's recipe and on the default one: no third may matter."""
+    own = yaml.safe_load((RECIPES / family / f"{phase}.yaml").read_text())
+    assert own.get("extends") == (None if family == "default" else f"default/{phase}")
 
 
 def repeated(own, parent, prefix=""):

@@ -189,3 +189,19 @@ def test_wrapper_stops_with_the_exit_code_of_a_failed_refresh(tmp_path):
     environment = {**os.environ, "FAIL": "2"}
     done = subprocess.run([wrapper, "repro"], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (2, ".venv -m dinov3 source --refresh\n")
+
+
+@pytest.mark.parametrize("name", ['pa"th', "do$HOME", "$(true)", "back`tick", "back\\slash"])
+def test_source_that_the_shell_would_read_as_more_than_a_path_is_refused(place, capsys, name):
+    params = place / "params.yaml"
+    params.write_text("source: folder:none\n")
+    assert main(["--set", f"folder:{place / name}", "--params", str(params)]) == 2
+    assert "cannot stand in a command line" in capsys.readouterr().err
+
+
+def test_set_changes_the_source_and_nothing_else(place):
+    params = place / "params.yaml"
+    params.write_text("recipe: demo # kept\nsource: stamps:data/stamps # too\nother: 1\n")
+    assert main(["--set", f"folder:{place / 'pictures'}", "--params", str(params)]) == 0
+    source = json.dumps(f"folder:{place / 'pictures'}")
+    assert params.read_text() == f"recipe: demo # kept\nsource: {source} # too\nother: 1\n"

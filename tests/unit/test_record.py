@@ -1,6 +1,7 @@
 """Records: canonical bytes, strict reading."""
 
 import json
+import os
 
 import pytest
 
@@ -59,6 +60,9 @@ def test_nan_cannot_be_recorded():
         (b"{", "not readable as JSON"),
         (b"\xff", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
+        (b"9" * 10_000, "not readable as JSON"),
+        (b'{"a":1e999}', "not a number JSON knows"),
+        (b'{"a":-1e999}', "not a number JSON knows"),
     ],
 )
 def test_ambiguous_json_is_refused(text, reason):
@@ -87,4 +91,58 @@ def test_digest_that_is_not_hexadecimal_is_refused(tmp_path):
     path = tmp_path / "record.json"
     path.write_bytes(a_record(outputs={"x": Output("../etc", 1)}).to_bytes())
     with pytest.raises(RecordError, match="not a sha256"):
+        read_record(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (["stage"], 3),
+        (["stage"], "\ud800"),
+        (["inputs"], {}),
+        (["inputs"], [3]),
+        (["inputs", 0], {"role": "a"}),
+        (["inputs", 0, "role"], None),
+        (["inputs", 0, "name"], ["x"]),
+        (["inputs", 0, "sha256"], A.upper()),
+        (["inputs", 0, "record"], ""),
+        (["inputs", 0, "more"], 1),
+        (["config"], []),
+        (["config_digest"], None),
+        (["code"], "a" * 63),
+        (["environment"], 1.5),
+        (["outputs"], []),
+        (["outputs", "x.parquet"], None),
+        (["outputs", "x.parquet", "bytes"], "3"),
+        (["outputs", "x.parquet", "bytes"], True),
+        (["outputs", "x.parquet", "bytes"], -1),
+        (["outputs", "x.parquet", "bytes"], 3.0),
+        (["outputs", "x.parquet", "tensors"], "\x1b[31m"),
+        (["outputs", "x.parquet", "more"], 1),
+        (["seeds"], []),
+        (["steps"], None),
+        (["facts"], "x"),
+        (["licences"], ["MIT"]),
+        (["licences", "out"], "MIT"),
+        (["licences", "out"], [3]),
+        (["more"], 1),
+    ],
+)
+def test_field_of_the_wrong_kind_is_refused(tmp_path, place, value):
+    raw = json.loads(a_record().to_bytes())
+    *above, last = place
+    part = raw
+    for step in above:
+        part = part[step]
+    part[last] = value
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(RecordError, match=r"record\.json: a field is missing or of the wrong kind"):
+        read_record(path)
+
+
+def test_record_that_is_no_regular_file_is_not_opened(tmp_path):
+    path = tmp_path / "record.json"
+    os.mkfifo(path)
+    with pytest.raises(RecordError, match=r"record\.json: not a regular file"):
         read_record(path)

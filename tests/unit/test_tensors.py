@@ -73,3 +73,53 @@ def test_header_longer_than_the_file_is_refused(tmp_path):
     path.write_bytes(struct.pack("<Q", 10**12) + b"{}")
     with pytest.raises(RecordError, match="runs past the file"):
         tensor_digest(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": None},
+        {"dtype": "\ud800"},
+        {"shape": "4"},
+        {"shape": [2.0, 2]},
+        {"shape": [True, 4]},
+        {"shape": [-4]},
+        {"data_offsets": None},
+        {"data_offsets": [0, 2, 4]},
+        {"data_offsets": [0.0, 4.0]},
+        {"data_offsets": [0, "4"]},
+        {"data_offsets": [False, 4]},
+        {"data_offsets": {"0": 4}},
+    ],
+)
+def test_malformed_entry_is_refused(tmp_path, change):
+    header = {"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4], **change}}
+    with pytest.raises(RecordError, match="safetensors header: 'a' lacks"):
+        tensor_digest(a_file(tmp_path / "w.safetensors", header, b"1234"))
+
+
+@pytest.mark.parametrize("field", ["dtype", "shape", "data_offsets"])
+def test_entry_without_a_field_is_refused(tmp_path, field):
+    entry = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+    del entry[field]
+    with pytest.raises(RecordError, match="safetensors header: 'a' lacks"):
+        tensor_digest(a_file(tmp_path / "w.safetensors", {"a": entry}, b"1234"))
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', "not Unicode"),
+        (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,1e999]}}', "not a number"),
+        (b'{"a":[]}', "lacks"),
+        (b'{"a":1}', "lacks"),
+        (b"[]", "not an object"),
+        (b"{", "not readable as JSON"),
+        (b'{"a":1,"a":2}', "stands twice"),
+    ],
+)
+def test_malformed_header_is_refused(tmp_path, header, reason):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(RecordError, match=reason):
+        tensor_digest(path)

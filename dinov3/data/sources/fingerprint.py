@@ -27,6 +27,7 @@ RELATIVE_CACHE = Path(".cache/fingerprint.sqlite")
 
 _SETTLED_NS = 2_000_000_000  # a file changed within its clock's tick would keep its stat
 _COMMIT_EVERY = 5_000
+_UNSAFE = frozenset('"$`\\\n')  # the pipeline writes the source between double quotes
 
 
 class Fingerprint:
@@ -107,7 +108,8 @@ def refresh_from_params(params: Path, spec: str | None = None) -> dict[str, Any]
         spec: A source that takes the place of the one in the file.
 
     Raises:
-        ConfigError: The file is missing, not YAML or names no source.
+        ConfigError: The file is missing, not YAML or names no source, or one that the shell would
+            read as more than a path.
         DataError: See `refresh`.
     """
     if spec is None:
@@ -119,6 +121,9 @@ def refresh_from_params(params: Path, spec: str | None = None) -> dict[str, Any]
         spec = tree.get("source") if isinstance(tree, dict) else None
     if not isinstance(spec, str):
         msg = f"{params}: source is not one line of text, got {spec!r}. Write source: kind:path."
+        raise ConfigError(msg)
+    if unsafe := sorted(_UNSAFE & set(spec)):
+        msg = f"source: cannot stand in a command line, got {unsafe[0]!r} in {spec!r}. Rename it."
         raise ConfigError(msg)
     return refresh(spec, params.parent / RELATIVE_PATH, params.parent / RELATIVE_CACHE)
 
