@@ -23,7 +23,7 @@ def report_of(folder, weights):
     """A report stage's folder whose record names WEIGHTS; returns it."""
     model = {"sha256": weights, "record": "b" * 64}
     with open_stage("eval_reports_x", folder, config={}) as stage:
-        stage.add_edge(Edge("weights", "backbone.safetensors", WEIGHTS, "b" * 64))
+        stage.add_edge(Edge("weights", "backbone.safetensors", WEIGHTS, "b" * 64), ())
         stage.path("report.json").write_text(json.dumps({"model": model}))
         stage.path("report.html").write_text("<html>")
     return folder
