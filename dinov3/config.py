@@ -1,7 +1,6 @@
 """What a recipe may say: one typed, frozen tree per phase; unknown keys are refused.
 
-`run:` holds only what cannot change results and stays outside the digest. `dinov3.recipe` reads the
-YAML files.
+`run:` cannot change results and stays outside the digest. `dinov3.recipe` reads the YAML files.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -33,10 +32,8 @@ Steps = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Channel = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Channel, Channel, Channel]
-Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
-FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
-ScaleRange = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(_ordered)]
+Ordered = AfterValidator(_ordered)
+ScaleRange = Annotated[tuple[PositiveFraction, PositiveFraction], Ordered]
 
 
 class Section(BaseModel):
@@ -195,7 +192,7 @@ class CropsConfig(Section):
     jitter: Fraction
     grayscale: Fraction
     blur: tuple[Fraction, Fraction, Fraction]  # global crop 1, global crop 2, local crops
-    blur_sigma: PositiveRange
+    blur_sigma: Annotated[tuple[Positive, Positive], Ordered]
     solarize: Fraction  # global crop 2 only
     mean: tuple[float, float, float]
     std: tuple[Positive, Positive, Positive]
@@ -207,7 +204,7 @@ class MasksConfig(Section):
     """Block masking of global crops for iBOT."""
 
     probability: Fraction
-    ratio: FractionRange
+    ratio: Annotated[tuple[Fraction, Fraction], Ordered]
 
 
 class LossesConfig(Section):
@@ -309,10 +306,10 @@ class TrainConfig(Section):
     def _sizes_fit(self) -> Self:
         patch, width, heads = self.model.patch_size, self.model.embed_dim, self.model.num_heads
         batch, group = self.optim.batch_size, self.losses.koleo_group_size
-        for name, size in self.crops:
+        for name, size in (("global", self.crops.global_size), ("local", self.crops.local_size)):
             _require(
-                name not in ("global_size", "local_size") or size % patch == 0,
-                f"crops.{name}: not a multiple of the patch size {patch}, got {size}. Round it.",
+                size % patch == 0,
+                f"crops.{name}_size: not a multiple of patch size {patch}, got {size}. Round it.",
             )
         _require(
             width % (4 * heads) == 0,
@@ -335,7 +332,7 @@ class KnnConfig(Section):
 class LogregConfig(Section):
     """Logistic regression over a grid of C, chosen on a part of the training half."""
 
-    log10_c: Range
+    log10_c: Annotated[tuple[float, float], Ordered]
     num_c: Count
     max_iter: Count
     tolerance: Positive  # largest gradient component at which L-BFGS stops
@@ -381,7 +378,7 @@ class EvalsConfig(Section):
     def _cut_fits(self) -> Self:
         _require(
             self.fit == "pad" or self.resize >= self.crop,
-            f"resize: shorter than the cut of {self.crop}, got {self.resize}. Raise it or fit=pad.",
+            f"resize: shorter than the cut of {self.crop} pixels, got {self.resize}. Raise it.",
         )
         return self
 
@@ -397,9 +394,7 @@ type_of_phase: dict[str, type[Section]] = {
 
 def dump(config: Section) -> dict[str, Any]:
     """The resolved tree as JSON values, without `run`: what determines the result."""
-    tree: dict[str, Any] = config.model_dump(mode="json")
-    tree.pop("run", None)
-    return tree
+    return config.model_dump(mode="json", exclude={"run"})
 
 
 def config_digest(config: Section) -> str:

@@ -52,7 +52,7 @@ def _released(embed_dim: int, depth: int, num_heads: int, **fields: Any) -> ViTC
 
 
 _GATED: dict[str, Any] = {"ffn": "swiglu", "ffn_ratio": 6.0}
-_UNTIED: dict[str, Any] = {"untie_global_and_local_cls_norm": True}
+_WIDE: dict[str, Any] = {"ffn": "swiglu64", "ffn_ratio": 3.0, "qkv_bias": False}
 ARCHITECTURES: Mapping[str, ViTConfig] = {
     "dinov3_vits16": _released(384, 12, 6),
     "dinov3_vits16plus": _released(384, 12, 6, **_GATED),
@@ -60,9 +60,7 @@ ARCHITECTURES: Mapping[str, ViTConfig] = {
     "dinov3_vitl16": _released(1024, 24, 16),
     "dinov3_vitl16plus": _released(1024, 24, 16, **_GATED),
     "dinov3_vith16plus": _released(1280, 32, 20, **_GATED),
-    "dinov3_vit7b16": _released(
-        4096, 40, 32, ffn="swiglu64", ffn_ratio=3.0, qkv_bias=False, **_UNTIED
-    ),
+    "dinov3_vit7b16": _released(4096, 40, 32, **_WIDE, untie_global_and_local_cls_norm=True),
 }
 
 
@@ -79,7 +77,7 @@ def _builder(name: str) -> Callable[..., VisionTransformer]:
         chosen = _parse_weights(name, weights)
         fields = dataclasses.asdict(ARCHITECTURES[name])
         if _is_satellite(name, chosen):
-            fields.update(_UNTIED)
+            fields["untie_global_and_local_cls_norm"] = True
         config = ViTConfig.from_fields({**fields, **overrides})
         _check_source(name, chosen, pretrained)
         if isinstance(chosen, Weights):
@@ -217,8 +215,8 @@ def transform(
 
 
 def _check_sizes(size: int, resize: int | None) -> None:
-    at_least = {"size": (size, 1), "resize": (size if resize is None else resize, size)}
-    for name, (value, low) in at_least.items():
+    short_side = size if resize is None else resize
+    for name, value, low in (("size", size, 1), ("resize", short_side, size)):
         if type(value) is not int or not low <= value <= MAX_IMAGE_SIZE:
             rule = f"not a whole number from {low} to {MAX_IMAGE_SIZE}"
             msg = f"{name}: {rule}, got {value!r}. Change it."
@@ -277,8 +275,7 @@ def _check_source(name: str, weights: Weights | Path, pretrained: bool) -> None:
     if pretrained and isinstance(weights, Weights):
         msg = (
             f"weights: no local file for {name} ({weights.name}), got pretrained=True alone. Get "
-            f"the file by Meta's form ({WEIGHTS_FORM}) and pass weights=PATH, or pass "
-            "pretrained=False for random weights."
+            f"it by Meta's form ({WEIGHTS_FORM}) for weights=PATH, or pass pretrained=False."
         )
         raise CheckpointError(msg)
     if not pretrained and isinstance(weights, Path):
@@ -395,9 +392,8 @@ def _fill(
 
 
 def _is_finite(name: str, value: Tensor) -> bool:
-    if value.is_meta or value.numel() == 0 or name.endswith(".bias_mask"):  # NaN until filled
-        return True
-    return bool(torch.stack(torch.aminmax(value)).isfinite().all())
+    exempt = value.is_meta or value.numel() == 0 or name.endswith(".bias_mask")  # NaN until filled
+    return exempt or bool(torch.stack(torch.aminmax(value)).isfinite().all())
 
 
 def _some(names: list[str], limit: int = 20) -> str:

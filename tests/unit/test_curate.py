@@ -264,6 +264,30 @@ def test_embeddings_of_another_table_are_refused(planted, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("manifest", "embeddings", "message"),
+    [
+        ("manifest", "manifest", "not a table of embeddings, got no column embedding"),
+        ("embeddings", "embeddings", "not an image table, got no column split, pixel_sha256"),
+    ],
+)
+def test_a_table_in_the_place_of_another_is_refused(
+    planted, tmp_path, manifest, embeddings, message
+):
+    tables = {
+        name: planted[3] / f"image_{name}" / f"{name}.parquet"
+        for name in ("manifest", "embeddings")
+    }
+    with pytest.raises(DataError, match=message):
+        make_curated(
+            manifest=tables[manifest],
+            embeddings=tables[embeddings],
+            output=tmp_path / "out",
+            config=_config(),
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_changed_byte_of_an_input_is_refused(tmp_path):
     output = _pipeline(_small(tmp_path, 3), tmp_path / "out").parent
     embeddings = output / "image_embeddings" / "embeddings.parquet"

@@ -138,3 +138,8 @@ def test_unknown_device_is_refused_and_auto_is_some_device():
     assert choose_device("auto").type in {"cpu", "cuda"}
     with pytest.raises(ConfigError, match=r"run\.device: not usable here"):
         choose_device("abacus")
+
+
+def test_a_device_that_computes_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"run\.device: computes nothing, got 'meta'"):
+        choose_device("meta")

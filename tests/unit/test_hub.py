@@ -71,6 +71,34 @@ def test_loaded_weights_do_not_depend_on_the_file_any_more(artifact):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in tiny().state_dict().items()}
+    state["blocks.1.attn.qkv.weight"][3, 5] = value
+    path = save(state, tmp_path / "weights.pth")
+    message = r"weights\.pth: NaN or infinity among the weights, got it in blocks\.1\.attn\.qkv"
+    with pytest.raises(CheckpointError, match=message):
+        open_tiny(path)
+    assert open_tiny(path, device="meta").cls_token.is_meta
+
+
+def test_weights_too_large_for_the_asked_dtype_are_refused(tmp_path):
+    state = tiny().state_dict()
+    state["cls_token"][0, 0, 0] = 1e6
+    path = save(state, tmp_path / "weights.pth")
+    assert open_tiny(path).cls_token.max() == 1e6
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the weights.*cls_token"):
+        open_tiny(path, dtype=torch.float16)
+
+
+def test_a_key_mask_that_was_never_filled_does_not_hinder_loading(tmp_path):
+    state = tiny(mask_k_bias=True).state_dict()
+    state["blocks.0.attn.qkv.bias_mask"].fill_(torch.nan)
+    model = open_tiny(save(state, tmp_path / "weights.pth"), mask_k_bias=True)
+    assert model.state_dict()["blocks.0.attn.qkv.bias_mask"].isnan().all()
+
+
 def test_load_without_weights_names_the_file(artifact):
     directory, *_ = artifact
     (directory / "backbone.safetensors").unlink()

@@ -273,6 +273,20 @@ def test_a_refused_report_leaves_nothing_behind(world):
     assert not (world.root / "fresh").exists()
 
 
+def test_the_image_table_in_place_of_the_dataset_is_refused(world):
+    with open_stage("curated_dataset", world.root / "curated_dataset", config={}) as stage:
+        world.table().write_parquet(stage.path("curated.parquet"))
+    with pytest.raises(DataError, match=r"not a curated dataset, got no column kept\. Give the"):
+        world.report(output="fresh")
+
+
+def test_a_table_that_is_no_parquet_is_refused(world):
+    with open_stage("image_manifest", world.root / "image_manifest", config={}) as stage:
+        stage.path("manifest.parquet").write_bytes(b"path,sha256\n")
+    with pytest.raises(DataError, match=r"manifest\.parquet: not a table of parquet"):
+        world.report(output="fresh")
+
+
 def test_without_labels_the_report_names_what_needs_them_and_shows_the_rest(world):
     world.write_tables(world.table().with_columns(label=pl.lit(None, pl.String)))
     found = world.report()
@@ -285,7 +299,9 @@ def test_without_labels_the_report_names_what_needs_them_and_shows_the_rest(worl
     assert all(item["reason"].startswith("needs labels (sub-folders)") for item in found["missing"])
     assert {row["protocol"] for row in found["rows"]} == {"instance retrieval"}
     assert found["features"]["num_samples"] == 12
-    assert "k-NN: not judged" in knn_summary(found)
+    said = knn_summary(found)
+    assert said.startswith("k-NN: not judged (k-NN, ")
+    assert said.count("needs labels (sub-folders)") == 1
     page = (world.root / "report" / "report.html").read_text()
     assert "needs labels (sub-folders)" in page
     assert 'id="neighbours"' in page
