@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import optim
+from torch import Tensor, optim
 
 from dinov3.config import HeadConfig, ScheduleConfig, TrainConfig
 from dinov3.data.augment import Augmentation, CropRecipe
+from dinov3.data.masking import sample_masks
 from dinov3.models.vit import ViTConfig
 from dinov3.train.method import HeadShape, Network, Objective, SelfDistillation
 from dinov3.train.optim import build_adamw, parameter_groups
@@ -120,6 +121,20 @@ def build_augmentation(config: TrainConfig) -> Augmentation:
         backgrounds=crops.backgrounds,
         cache_size=crops.cache_size,
     )
+
+
+def masks_of_step(config: TrainConfig, num_crops: int, step: int) -> Tensor:
+    """Which patches of which global crops the student does not see, bool [num_crops, P]."""
+    side = config.crops.global_size // config.model.patch_size
+    masks = sample_masks(
+        num_crops,
+        (side, side),
+        probability=config.masks.probability,
+        ratio=config.masks.ratio,
+        seed=config.seed,
+        step=step,
+    )
+    return torch.from_numpy(masks)
 
 
 def _shape(head: HeadConfig) -> HeadShape:

@@ -8,8 +8,13 @@ import torch
 
 from dinov3.config import TrainConfig
 from dinov3.data.loader import ImageSet, TrainingLoader
-from dinov3.data.masking import sample_masks
-from dinov3.train.build import build_augmentation, build_method, build_optimizer, build_schedules
+from dinov3.train.build import (
+    build_augmentation,
+    build_method,
+    build_optimizer,
+    build_schedules,
+    masks_of_step,
+)
 from dinov3.train.ema import ema_update
 from dinov3.train.optim import apply_schedule, clip_gradients
 
@@ -54,7 +59,6 @@ def step_split(config: TrainConfig, images: ImageSet, *, num_steps: int) -> dict
             num_workers=config.run.num_workers,
         )
     )
-    side = config.crops.global_size // config.model.patch_size
     for step in range(_NUM_WARM_UP + num_steps):
         if step == _NUM_WARM_UP:
             clock = _Clock()
@@ -63,16 +67,7 @@ def step_split(config: TrainConfig, images: ImageSet, *, num_steps: int) -> dict
             batch = next(loader)
         with clock("augmentation"):
             global_crops, local_crops = augmentation.apply(batch, device)
-            masks = torch.from_numpy(
-                sample_masks(
-                    len(global_crops),
-                    (side, side),
-                    probability=config.masks.probability,
-                    ratio=config.masks.ratio,
-                    seed=config.seed,
-                    step=step,
-                )
-            )
+            masks = masks_of_step(config, len(global_crops), step)
         with clock("teacher"):
             targets = method.targets(global_crops, masks, now["teacher_temperature"])
         with clock("student"):

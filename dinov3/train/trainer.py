@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dinov3.checkpoint import latest_state, load_state, save_state
 from dinov3.config import TrainConfig
 from dinov3.data.augment import Augmentation, Batch, gallery
 from dinov3.data.loader import ImageSet, TrainingLoader
-from dinov3.data.masking import sample_masks
 from dinov3.errors import CheckpointError, Interrupted, TrainingDiverged
-from dinov3.train.build import build_augmentation, build_method, build_optimizer, build_schedules
+from dinov3.train.build import (
+    build_augmentation,
+    build_method,
+    build_optimizer,
+    build_schedules,
+    masks_of_step,
+)
 from dinov3.train.ema import ema_update
 from dinov3.train.events import EventLog
 from dinov3.train.health import collapse_reason, measure
@@ -149,7 +153,7 @@ class Trainer:
         """One update; guard order: loss finite, gradients finite, clip, optimizer, EMA."""
         now = self.schedules.at(batch.step)
         global_crops, local_crops = self.augmentation.apply(batch, self.device)
-        masks = self._masks(batch.step, global_crops)
+        masks = masks_of_step(self.config, len(global_crops), batch.step).to(self.device)
         self._seed_model(batch.step)
         losses = self.method.losses(global_crops, local_crops, masks, now["teacher_temperature"])
         numbers = {name: value.item() for name, value in losses.items()}
@@ -182,18 +186,6 @@ class Trainer:
             self._show(batch, log)
         if self.step % settings.checkpoint_every == 0 or last:
             self.save(log)
-
-    def _masks(self, step: int, global_crops: Tensor) -> Tensor:
-        height, width = (side // self.config.model.patch_size for side in global_crops.shape[-2:])
-        masks = sample_masks(
-            global_crops.shape[0],
-            (height, width),
-            probability=self.config.masks.probability,
-            ratio=self.config.masks.ratio,
-            seed=self.config.seed,
-            step=step,
-        )
-        return torch.from_numpy(masks).to(self.device)  # [G*B, P]
 
     def _seed_model(self, step: int) -> None:
         """Drop path and RoPE augmentation draw from (seed, step) alone."""
@@ -266,7 +258,7 @@ class Trainer:
         crops, size = self.config.crops, self.config.optim.batch_size
         global_crops = torch.zeros(2 * size, 3, crops.global_size, crops.global_size)
         local_crops = torch.zeros(crops.num_local * size, 3, crops.local_size, crops.local_size)
-        masks = self._masks(self.step, global_crops)
+        masks = masks_of_step(self.config, len(global_crops), self.step).to(self.device)
         self._seed_model(self.step)
         losses = self.method.losses(
             global_crops.to(self.device), local_crops.to(self.device), masks, temperature=1.0
