@@ -1,9 +1,5 @@
 """Losses and Sinkhorn equal the reference's stored numbers; where it errs, the right ones."""
 
-import json
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -14,35 +10,15 @@ from dinov3.losses.gram import gram_loss
 from dinov3.losses.ibot import ibot_loss, mask_weights
 from dinov3.losses.koleo import koleo_loss
 from dinov3.losses.sinkhorn import sinkhorn_knopp
+from tests.golden_numbers import GOLDEN, assert_matches, inp
 
-GOLDEN = json.loads(
-    (Path(__file__).parents[1] / "golden" / "GOLDEN.json").read_text(encoding="utf-8")
-)
 TOLERANCE = {"abs": 1e-5, "rel": 0}
-
-
-def inp(*shape: int) -> torch.Tensor:
-    steps = np.arange(np.prod(shape), dtype=np.float64)
-    values = np.sin(0.013 * steps) + np.cos(0.0071 * steps)
-    return torch.from_numpy(values.astype(np.float32)).reshape(shape)
 
 
 def inp2(*shape: int) -> torch.Tensor:
     steps = np.arange(np.prod(shape), dtype=np.float64)
     values = np.sin(1.7 * steps) + np.cos(0.013 * steps**2)
     return torch.from_numpy(values.astype(np.float32)).reshape(shape)
-
-
-def assert_matches(actual: torch.Tensor, stored: dict[str, Any]) -> None:
-    values = actual.detach().double().flatten()
-    assert list(actual.shape) == stored["shape"]
-    elements = torch.cat([values[:8], values[-4:]])
-    expected = torch.tensor([*stored["first8"], *stored["last4"]], dtype=torch.float64)
-    torch.testing.assert_close(elements, expected, rtol=0, atol=1e-5)
-    assert values.sum().item() == pytest.approx(stored["sum"], abs=1e-7 * stored["n"], rel=0)
-    assert values.abs().sum().item() == pytest.approx(
-        stored["abssum"], abs=1e-7 * stored["n"], rel=0
-    )
 
 
 def noise(shape: tuple[int, ...], *, seed: int = 0):

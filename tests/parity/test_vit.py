@@ -1,7 +1,5 @@
 """The backbone equals the reference's stored numbers, and an independent implementation."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +8,8 @@ import torch
 
 from dinov3.layers.rope import RotaryEmbedding
 from dinov3.models.vit import VisionTransformer, build_vit
+from tests.golden_numbers import GOLDEN, assert_matches, inp
 
-GOLDEN = json.loads(
-    (Path(__file__).parents[1] / "golden" / "GOLDEN.json").read_text(encoding="utf-8")
-)
 BASE: dict[str, Any] = {"embed_dim": 64, "depth": 3, "num_heads": 2, "rope_rescale": 2.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "A_mlp4": {},
@@ -27,12 +23,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "D_bf16rope": {"rope_dtype": "bf16"},
     "E_untie_cls_patch": {"untie_cls_and_patch_norms": True},
 }
-
-
-def images(*shape: int) -> torch.Tensor:
-    steps = np.arange(np.prod(shape), dtype=np.float64)
-    values = np.sin(0.013 * steps) + np.cos(0.0071 * steps)
-    return torch.from_numpy(values.astype(np.float32)).reshape(shape)
 
 
 def fill_procedurally(model: VisionTransformer) -> None:
@@ -49,18 +39,6 @@ def fill_procedurally(model: VisionTransformer) -> None:
         state[name].copy_(torch.from_numpy(values).reshape(state[name].shape))
 
 
-def assert_matches(actual: torch.Tensor, stored: dict[str, Any]) -> None:
-    values = actual.detach().double().flatten()
-    assert list(actual.shape) == stored["shape"]
-    elements = torch.cat([values[:8], values[-4:]])
-    expected = torch.tensor([*stored["first8"], *stored["last4"]], dtype=torch.float64)
-    torch.testing.assert_close(elements, expected, rtol=0, atol=1e-5)
-    assert values.sum().item() == pytest.approx(stored["sum"], abs=1e-7 * stored["n"], rel=0)
-    assert values.abs().sum().item() == pytest.approx(
-        stored["abssum"], abs=1e-7 * stored["n"], rel=0
-    )
-
-
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     model = build_vit(**BASE, **VARIANTS[request.param]).eval()
@@ -68,8 +46,8 @@ def variant(request):
     return model, GOLDEN[request.param]
 
 
-X = images(2, 3, 64, 80)
-LOCAL = images(4, 3, 32, 32)
+X = inp(2, 3, 64, 80)
+LOCAL = inp(4, 3, 32, 32)
 MASKS = torch.zeros(2, 20, dtype=torch.bool)
 MASKS[0, ::3] = True
 
