@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 import torch
 
-from dinov3.checkpoint import exclusive, load_state, save_tensors, state_path
+from dinov3.checkpoint import exclusive, save_tensors, state_path
 from dinov3.config import TrainConfig, dump
 from dinov3.data.loader import ImageSet
 from dinov3.data.sources import open_source
@@ -76,7 +76,7 @@ def pretrain(
         folder = root / key[:16]
         with exclusive(folder):
             trainer = Trainer(config, images, device, folder)
-            _continue(trainer, stage, resume, key)
+            _continue(trainer, stage, resume)
             try:
                 trainer.run()
             except TrainingDiverged as error:
@@ -88,7 +88,7 @@ def pretrain(
                 "threads": torch.get_num_threads(),
                 "interruptions": trainer.interruptions,
             }
-    _keep_final_state(root, folder, trainer, output, key)
+    _keep_final_state(root, folder, trainer, output)
 
 
 def _training_images(stage: Stage, source: str, manifest: Path, dataset: Path) -> ImageSet:
@@ -121,9 +121,9 @@ def _run_key(stage: Stage, config: TrainConfig, device: torch.device) -> str:
     )
 
 
-def _continue(trainer: Trainer, stage: Stage, resume: Path | None, key: str) -> None:
+def _continue(trainer: Trainer, stage: Stage, resume: Path | None) -> None:
     if resume is not None:
-        _resume_explicitly(trainer, stage, resume, key)
+        _resume_explicitly(trainer, stage, resume)
     elif trainer.resume():
         _say(f"continuing at step {trainer.step} from {trainer.folder}")
     else:
@@ -132,12 +132,11 @@ def _continue(trainer: Trainer, stage: Stage, resume: Path | None, key: str) -> 
             _say("recipe, inputs, threads or device changed: starting afresh at step 0")
 
 
-def _resume_explicitly(trainer: Trainer, stage: Stage, resume: Path, key: str) -> None:
+def _resume_explicitly(trainer: Trainer, stage: Stage, resume: Path) -> None:
     """The same run, or a finished one that only gets more steps."""
-    state = load_state(resume)
     here = resume.parent / RECORD_NAME
     if not here.is_file():
-        if resume.parent != trainer.folder:
+        if resume.resolve().parent != trainer.folder.resolve():
             msg = f"resume: state of another run, got {resume}. Choose one of {trainer.folder}."
             raise CheckpointError(msg)
         trainer.resume(resume)
@@ -153,17 +152,17 @@ def _resume_explicitly(trainer: Trainer, stage: Stage, resume: Path, key: str) -
             "from. Choose another --output."
         )
         raise CheckpointError(msg)
-    if state["step"] >= trainer.config.schedules.num_steps:
+    trainer.resume(resume)
+    if trainer.step >= trainer.config.schedules.num_steps:
         msg = (
-            f"resume: {resume.name} already has {state['step']} steps, got schedules.num_steps="
+            f"resume: {resume.name} already has {trainer.step} steps, got schedules.num_steps="
             f"{trainer.config.schedules.num_steps}. Ask for more."
         )
         raise CheckpointError(msg)
-    trainer.resume(resume)
     weights = record.outputs[BACKBONE_NAME]
     edge = Edge("resume", BACKBONE_NAME, weights.sha256, file_sha256(here))
     stage.add_edge(edge, record.licences.get("out", ()))
-    _say(f"extending the finished run of {state['step']} steps")
+    _say(f"extending the finished run of {trainer.step} steps")
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -224,7 +223,7 @@ def _export(stage: Stage, trainer: Trainer) -> None:
     stage.steps = {"planned": config.schedules.num_steps, "performed": trainer.step}
 
 
-def _keep_final_state(root: Path, folder: Path, trainer: Trainer, output: Path, key: str) -> None:
+def _keep_final_state(root: Path, folder: Path, trainer: Trainer, output: Path) -> None:
     """The last state stays for those who extend the run; the rest has done its duty."""
     finished = root / _FINISHED
     shutil.rmtree(finished, ignore_errors=True)

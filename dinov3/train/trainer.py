@@ -4,6 +4,7 @@ Everything random is a function of (seed, step, position), so the state after n 
 however often the run was stopped, and no generator needs saving.
 """
 
+import math
 import resource
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from dinov3.train.build import (
 )
 from dinov3.train.ema import ema_update
 from dinov3.train.events import EventLog
-from dinov3.train.health import collapse_reason, measure
+from dinov3.train.health import collapse_reason, is_finite, measure
 from dinov3.train.interrupt import StopRequest
 from dinov3.train.optim import apply_schedule, clip_gradients
 from dinov3.train.probe import load_probe, patch_colours
@@ -80,7 +81,9 @@ class Trainer:
                 f"{source}: not a state of this run: {error}. Remove it to go on from an older one."
             )
             raise CheckpointError(msg) from error
-        self._log_size = 0 if path else state["log_size"]
+        # a finished run that is extended here keeps its own log where it is
+        same_folder = source.resolve().parent == self.folder.resolve()
+        self._log_size = state["log_size"] if same_folder else 0
         return True
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -158,11 +161,11 @@ class Trainer:
         losses = self.method.losses(global_crops, local_crops, masks, now["teacher_temperature"])
         numbers = {name: value.item() for name, value in losses.items()}
         norms: dict[str, float] = {}
-        if torch.isfinite(losses["loss"]):
+        if is_finite(losses["loss"]):
             losses["loss"].backward()
             clipped = clip_gradients(self.method.student.parts(), self.config.optim.clip)
             norms = {f"gradient_norm/{name}": float(norm) for name, norm in clipped.items()}
-        if norms and all(map(_is_finite, norms.values())):
+        if norms and all(map(math.isfinite, norms.values())):
             apply_schedule(self.optimizer, now["lr"], now["weight_decay"], now["last_layer_lr"])
             self.optimizer.step()
             ema_update(self.method.teacher, self.method.student, now["momentum"])
@@ -214,7 +217,7 @@ class Trainer:
         state = {**self.state(), "log_size": log.size}
         (self.folder / "non_finite").mkdir(exist_ok=True)
         dump = save_state(self.folder / "non_finite", batch.step, state, keep=1)
-        bad = sorted(name for name, value in numbers.items() if not _is_finite(value))
+        bad = sorted(name for name, value in numbers.items() if not math.isfinite(value))
         msg = (
             f"step {batch.step}: non-finite {', '.join(bad)}; nothing was updated. "
             f"The state before it is {dump}. Lower the learning rate."
@@ -265,7 +268,3 @@ class Trainer:
         )
         losses["loss"].backward()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
