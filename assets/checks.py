@@ -5,11 +5,15 @@ doors nothing downstream is made, and here the verdict is read, not computed aga
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dinov3.release.record import RECORD_NAME, file_sha256, parse_json, read_record
 from orchestration.runner import Judgement
+
+_DINOTXT = "dinotxt.safetensors"
+_BACKBONE = "backbone.safetensors"
 
 
 def manifest_verdict(folder: Path) -> Judgement:
@@ -45,15 +49,58 @@ def curation_sane(folder: Path) -> Judgement:
 
 
 def training_health(folder: Path) -> Judgement:
-    """The run's own health: no collapse, nothing non-finite."""
+    """The run's own health: no collapse, nothing non-finite; shown beside the recipe's limits."""
     health = _read(folder / "health.json")
     if isinstance(health, Judgement):
         return health
     metrics = health["metrics"]
     bad = sorted(name for name, value in metrics.items() if not _is_number(value))
     passed = health["passed"] is True and not bad
-    reason = health["reason"] or (f"not finite: {', '.join(bad)}" if bad else "healthy")
-    return Judgement(passed, str(reason), {**metrics, "thresholds": health["thresholds"]})
+    limits = health["thresholds"]
+    reason = health["reason"] or (
+        f"not finite: {', '.join(bad)}" if bad else _within(metrics, limits)
+    )
+    shown = {f"threshold/{name}": limit for name, limit in limits.items()}
+    return Judgement(passed, str(reason), {**metrics, **shown})
+
+
+def choice_bound(folder: Path) -> Judgement:
+    """The choice names a snapshot of the checkpoint it read; the weights are that snapshot's."""
+    choice = _read(folder / "choice.json")
+    if isinstance(choice, Judgement):
+        return choice
+    for path in (folder / RECORD_NAME, folder / _BACKBONE):
+        if not path.is_file():
+            return _missing(path)
+    record = read_record(folder / RECORD_NAME)
+    step = choice["step"]
+    chosen = [edge for edge in record.inputs if edge.role == f"snapshot {step}"]
+    checkpoint = {edge.record for edge in record.inputs if edge.role == "model config"}
+    if step not in choice["available"] or {edge.record for edge in chosen} != checkpoint:
+        return Judgement(False, f"no snapshot of the checkpoint it read, got step {step}")
+    if [edge.sha256 for edge in chosen] != [file_sha256(folder / _BACKBONE)]:
+        return Judgement(False, f"the weights are not those of the snapshot of step {step}")
+    facts = {"rule": choice["rule"], "step": step, "available": choice["available"]}
+    score = {"score": choice["score"]["value"]} if "score" in choice else {}
+    return Judgement(True, f"the snapshot of step {step}", {**facts, **score})
+
+
+def captions_whole(folder: Path) -> Judgement:
+    """Every row has an image and a caption, and there are rows to train on."""
+    import polars as pl
+
+    path = folder / "pairs.parquet"
+    if not path.is_file():
+        return _missing(path)
+    rows = pl.read_parquet(path, columns=["path", "sha256", "caption", "split"])
+    texts = pl.col("path", "sha256", "caption").str.strip_chars()
+    incomplete = rows.filter(pl.any_horizontal(texts.is_null() | (texts == ""))).height
+    num_train = rows.filter(split="train").height
+    return Judgement(
+        num_train > 0 and incomplete == 0,
+        f"{rows.height} pairs, {num_train} to train on, {incomplete} without image or caption.",
+        {"rows": rows.height, "train": num_train, "incomplete": incomplete},
+    )
 
 
 def report_bound(folder: Path) -> Judgement:
@@ -68,11 +115,32 @@ def report_bound(folder: Path) -> Judgement:
     ]
     if changed:
         return Judgement(False, f"bytes differ from the record: {', '.join(changed)}")
-    weights = [edge for edge in record.inputs if edge.name == "backbone.safetensors"]
-    model = parse_json((folder / "report.json").read_bytes())["model"]
-    if [(edge.sha256, edge.record) for edge in weights] != [(model["sha256"], model["record"])]:
-        return Judgement(False, "the report is of other weights than its record, got " + str(model))
-    return Judgement(True, f"bound to weights {model['sha256']}")
+    named = _models(parse_json((folder / "report.json").read_bytes()))
+    names = {edge.name for edge in record.inputs}
+    judged = _DINOTXT if _DINOTXT in names else _BACKBONE  # dino.txt is judged with its backbone
+    read = {(edge.sha256, edge.record) for edge in record.inputs if edge.name == judged}
+    if not named or named != read:
+        strange = ", ".join(sorted(str(sha256) for sha256, _ in named ^ read)) or "none"
+        return Judgement(False, f"the report is of other weights than its record, got {strange}")
+    bound = sorted(str(sha256) for sha256, _ in named)
+    return Judgement(True, f"bound to weights {', '.join(bound)}", {"models": len(named)})
+
+
+def _models(report: Mapping[str, Any]) -> set[tuple[str | None, str | None]]:
+    """Weights and record of the model, or of the models of a report that compares several."""
+    models = report["models"] if "models" in report else [report["model"]]
+    return {(model["sha256"], model["record"]) for model in models}
+
+
+def _within(metrics: Mapping[str, float], limits: Mapping[str, Any]) -> str:
+    """The metrics that have a limit, in words."""
+    words = {"min": "at least", "max": "at most"}
+    told = []
+    for name, limit in limits.items():
+        side, _, metric = name.partition("_")
+        if side in words and metric in metrics:
+            told.append(f"{metric} {metrics[metric]:.4g}, {words[side]} {limit:g}")
+    return "; ".join(["healthy", *told])
 
 
 def _read(path: Path) -> Any:

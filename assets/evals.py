@@ -8,7 +8,19 @@ eval_reports = [
     stage_asset(
         key, group="evals", kinds={"pytorch", "html"},
         checks={"bound": report_bound},
-        description="k-NN, probes and retrieval beside random weights, pixels and majority class.",
+        description="k-NN, probes, segmentation and retrieval, with their baselines beside.",
     )
     for key in checkout_pipeline().arms("eval_reports")
 ]  # fmt: skip
+
+eval_reports_dinotxt = stage_asset(
+    "eval_reports_dinotxt", group="evals", kinds={"pytorch", "html"},
+    checks={"bound": report_bound},
+    description="Zero-shot classes, retrieval by text and open-vocabulary segmentation.",
+)  # fmt: skip
+
+eval_reports_phases = stage_asset(
+    "eval_reports_phases", group="evals", kinds={"html"},
+    checks={"bound": report_bound},
+    description="What each phase did to each metric and to the pictures of features.",
+)  # fmt: skip

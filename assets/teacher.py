@@ -1,10 +1,28 @@
-"""The teacher: a backbone pre-trained on the curated dataset."""
+"""The teacher: pre-trained, anchored by Gram, and adapted to high resolution."""
 
-from assets.checks import training_health
+from assets.checks import choice_bound, training_health
 from orchestration.runner import stage_asset
 
 pretrained_checkpoint = stage_asset(
     "pretrained_checkpoint", group="teacher", kinds={"pytorch", "safetensors"},
     checks={"health": training_health},
     description="Student and EMA teacher after pre-training with DINO, iBOT and KoLeo.",
+)  # fmt: skip
+
+gram_teacher = stage_asset(
+    "gram_teacher", group="teacher", kinds={"safetensors"},
+    checks={"choice": choice_bound},
+    description="The EMA snapshot of pre-training whose dense features shall be kept, and why it.",
+)  # fmt: skip
+
+gram_checkpoint = stage_asset(
+    "gram_checkpoint", group="teacher", kinds={"pytorch", "safetensors"},
+    checks={"health": training_health},
+    description="Trained on with patch similarities anchored to those of the Gram teacher.",
+)  # fmt: skip
+
+highres_model = stage_asset(
+    "highres_model", group="teacher", kinds={"pytorch", "safetensors"},
+    checks={"health": training_health},
+    description="Adapted to a mixture of high resolutions.",
 )  # fmt: skip

@@ -1,20 +1,32 @@
 """The command line: verb -> module, each imported when called.
 
-Stages (their command lines stand in dvc.yaml): manifest, embeddings, curate, train, report.
-For people: config, stamps, calibrate, eval, embed, summary; `lineage` and `source` in __main__.
+Stages (their command lines stand in dvc.yaml): manifest, embeddings, curate, report, text-report,
+compare; those of training in `cli_training`; export and replay in `cli_weights`.
+For people: config, plan, stamps, calibrate, eval, embed, summary; lineage and source in `__main__`.
 Exit codes: 0 done, 1 lineage broken, 2 cannot be done as asked, 3 refused by its own checks,
 130 interrupted and resumable.
 """
 
-import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dinov3.config import Section, TrainConfig, config_digest, dump
-from dinov3.errors import ConfigError, DataError, DinoError
+from dinov3 import cli_training, cli_weights
+from dinov3.cli_options import (
+    Dataset,
+    Manifest,
+    Output,
+    Overrides,
+    Recipe,
+    Source,
+    resolve,
+    source_spec,
+    stage_key,
+)
+from dinov3.config import TrainConfig, config_digest
+from dinov3.errors import DinoError
 from dinov3.recipe import load_recipe
 
 app = typer.Typer(
@@ -25,22 +37,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Recipe = Annotated[str, typer.Option(help="Recipe family (demo), family/phase, or a YAML file.")]
-Source = Annotated[str, typer.Option(help="Images: folder:, list:, parquet:, wds: or stamps:PATH.")]
-Output = Annotated[Path, typer.Option(help="Folder for the result.")]
-Manifest = Annotated[Path, typer.Option(help="manifest.parquet of image_manifest.")]
-Dataset = Annotated[Path, typer.Option(help="curated.parquet of curated_dataset.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value laid over the recipe.", show_default=False)
-]
+app.registered_commands += cli_training.app.registered_commands
+app.registered_commands += cli_weights.app.registered_commands
 
 
 def run(arguments: list[str]) -> int:
     """Runs one verb and turns our errors into a sentence and an exit code."""
     try:
-        app(arguments, standalone_mode=False)
+        returned = app(arguments, standalone_mode=False)
     except DinoError as error:
+        from dinov3.ranks import report_end
+
+        report_end(error.exit_code, str(error))
         sys.stderr.write(f"dinov3: {error}\n")
         return error.exit_code
     except typer.Exit as leave:
@@ -56,7 +64,7 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("dinov3: interrupted; run the same command again to go on\n")
         return 130
-    return 0
+    return returned if isinstance(returned, int) else 0  # what a typer.Exit carries
 
 
 @app.command()
@@ -102,7 +110,7 @@ def manifest(
     """Stage image_manifest: one row per image, judged."""
     from dinov3.curation.manifest import make_manifest
 
-    tree = _recipe(recipe, overrides, "manifest")
+    tree = resolve(recipe, overrides, "manifest")
     make_manifest(source=source, output=output, config=tree, fingerprint=fingerprint)
 
 
@@ -117,7 +125,7 @@ def embeddings(
     """Stage image_embeddings: one unit vector per image."""
     from dinov3.curation.embed import make_embeddings
 
-    tree = _recipe(recipe, overrides, "embeddings")
+    tree = resolve(recipe, overrides, "embeddings")
     make_embeddings(source=source, manifest=manifest, output=output, config=tree)
 
 
@@ -132,35 +140,8 @@ def curate(
     """Stage curated_dataset: deduplicated, clustered, balanced."""
     from dinov3.curation.curate import make_curated
 
-    tree = _recipe(recipe, overrides, "curation")
+    tree = resolve(recipe, overrides, "curation")
     make_curated(manifest=manifest, embeddings=embeddings, output=output, config=tree)
-
-
-@app.command()
-def train(
-    stage: Annotated[str, typer.Argument(help="Key of the stage, e.g. pretrained_checkpoint.")],
-    source: Source,
-    manifest: Manifest,
-    dataset: Dataset,
-    output: Output,
-    recipe: Recipe = "default",
-    resume: Annotated[
-        Path | None, typer.Option(help="A state to go on from; a finished one is extended.")
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Stages of training; stopped by Ctrl-C or a kill, the same command goes on."""
-    from dinov3.train.pretrain import pretrain
-
-    pretrain(
-        stage_name=_stage_key(stage),
-        source=source,
-        manifest=manifest,
-        dataset=dataset,
-        output=output,
-        config=_recipe(recipe, overrides, "pretrain"),
-        resume=resume,
-    )
 
 
 @app.command()
@@ -177,15 +158,67 @@ def report(
     """Stages of evaluation: JSON and one HTML page, baselines beside the model."""
     from dinov3.evals.report import make_report
 
-    tree = _recipe(recipe, overrides, "evals")
+    tree = resolve(recipe, overrides, "evals")
     make_report(
-        _stage_key(stage),
+        stage_key(stage),
         source=source,
         model=model,
         manifest=manifest,
         dataset=dataset,
         output=output,
         config=tree,
+    )
+
+
+@app.command("text-report")
+def text_report(
+    stage: Annotated[str, typer.Argument(help="Key of the stage.")],
+    source: Source,
+    model: Annotated[Path, typer.Option(help="Folder of dinotxt.")],
+    backbone: Annotated[Path, typer.Option(help="Folder of the backbone it was trained over.")],
+    pairs: Annotated[Path, typer.Option(help="pairs.parquet of caption_pairs.")],
+    manifest: Manifest,
+    dataset: Dataset,
+    output: Output,
+    recipe: Recipe = "default",
+    overrides: Overrides = None,
+) -> None:
+    """Stage of text evaluation: zero-shot, retrieval, open-vocabulary segmentation."""
+    from dinov3.evals.text_report import TextInputs, make_text_report
+
+    make_text_report(
+        stage_key(stage),
+        inputs=TextInputs(source, model, backbone, manifest, dataset, pairs),
+        output=output,
+        config=resolve(recipe, overrides, "evals"),
+    )
+
+
+@app.command()
+def compare(
+    stage: Annotated[str, typer.Argument(help="Key of the stage.")],
+    source: Source,
+    model: Annotated[
+        list[str], typer.Option(help="name=folder, in the order of training; say it once each.")
+    ],
+    manifest: Manifest,
+    dataset: Dataset,
+    output: Output,
+    recipe: Recipe = "default",
+    overrides: Overrides = None,
+) -> None:
+    """Stage of comparison: what each phase did to each metric, with pictures side by side."""
+    from dinov3.evals.phases import compare_phases
+
+    named = [text.partition("=") for text in model]
+    compare_phases(
+        stage_key(stage),
+        source=source,
+        models=[(name, Path(folder)) for name, _, folder in named],
+        manifest=manifest,
+        dataset=dataset,
+        output=output,
+        config=resolve(recipe, overrides, "evals"),
     )
 
 
@@ -206,10 +239,10 @@ def evaluate(
     found = evaluate_folder(
         model=model,
         weights=weights,
-        train=_spec(train),
-        test=_spec(test) if test else None,
+        train=source_spec(train),
+        test=source_spec(test) if test else None,
         output=output,
-        config=_recipe(recipe, overrides, "evals"),
+        config=resolve(recipe, overrides, "evals"),
     )
     print(knn_summary(found))
     if output is not None:
@@ -232,7 +265,7 @@ def embed(
     from dinov3.evals.embed import embed_source
 
     done = embed_source(
-        source=_spec(source),
+        source=source_spec(source),
         model=model,
         weights=weights,
         output=output,
@@ -252,7 +285,7 @@ def calibrate(
 
     from dinov3.curation.calibrate import run_calibration
 
-    tree = _recipe(recipe, overrides, "embeddings")
+    tree = resolve(recipe, overrides, "embeddings")
     print(yaml.safe_dump(run_calibration(source, manifest, tree), sort_keys=False).rstrip())
 
 
@@ -266,33 +299,4 @@ def summary(
     print(summarise_file(report))
     print(f"\nreport       {report.with_suffix('.html')}")
     print("TensorBoard  make board   Dagster  make ui")
-    print("lineage      python -m dinov3 lineage data/pretrained_checkpoint")
-
-
-def _stage_key(text: str) -> str:
-    """The key as a record may hold it."""
-    if not re.fullmatch(r"[a-z0-9_@]+", text):
-        msg = f"stage: not a key of lower-case letters, digits, _ and @, got {text!r}. Rename it."
-        raise ConfigError(msg)
-    return text
-
-
-def _spec(text: str) -> str:
-    """A bare path means a folder."""
-    return text if ":" in text.partition("/")[0] else f"folder:{text}"
-
-
-def _recipe(name: str, overrides: list[str] | None, phase: str) -> Any:
-    tree: Section = load_recipe(name, overrides or (), phase=phase)
-    if dump(tree)["phase"] != phase:
-        msg = f"recipe: wrong phase for this verb, got {dump(tree)['phase']!r}. Use {phase}."
-        raise DataError(msg)
-    _tie_to_parent()
-    return tree
-
-
-def _tie_to_parent() -> None:
-    """A killed orchestrator must not leave a stage behind."""
-    from dinov3.launch import die_with_parent
-
-    die_with_parent()
+    print(f"lineage      python -m dinov3 lineage {report.parent}")

@@ -44,3 +44,9 @@ class Interrupted(DinoError):
     """Stopped by a signal after saving; running the same command again continues."""
 
     exit_code = 130
+
+
+class RankLost(DinoError):
+    """Another rank is gone; the command that started the ranks knows why."""
+
+    exit_code = 4

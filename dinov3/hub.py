@@ -6,36 +6,39 @@ Nothing is ever downloaded: Meta hands the released weights out through a form o
 
 import dataclasses
 import enum
-import hashlib
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dinov3.errors import CheckpointError, ConfigError
-from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.models.backbone import (
+    Backbone,
+    BackboneConfig,
+    backbone_config,
+    backbone_of,
+)
+from dinov3.models.convnext import ConvNeXt, ConvNeXtConfig, build_convnext
+from dinov3.models.vit import VisionTransformer, ViTConfig, build_vit
+from dinov3.weight_files import check_hash as check_file_hash
+from dinov3.weight_files import fill, hash_in_name, read_tensors
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Device = torch.device | str | None
 Role = Literal["teacher", "student"]
+Family = TypeVar("Family", VisionTransformer, ConvNeXt)
 
 WEIGHTS_FORM = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_IMAGE_SIZE = 8192  # pixels per side; a float picture of this size takes 0.8 GB
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|safetensors)$")
 _SATELLITE_HASH = {"dinov3_vitl16": "eadcf0ff", "dinov3_vit7b16": "a6675841"}
-_HEAD_PREFIXES = ("dino_head.", "ibot_head.")  # stand beside the backbone in training checkpoints
 
 
 class Weights(enum.Enum):
@@ -53,7 +56,7 @@ def _released(embed_dim: int, depth: int, num_heads: int, **fields: Any) -> ViTC
 
 _GATED: dict[str, Any] = {"ffn": "swiglu", "ffn_ratio": 6.0}
 _WIDE: dict[str, Any] = {"ffn": "swiglu64", "ffn_ratio": 3.0, "qkv_bias": False}
-ARCHITECTURES: Mapping[str, ViTConfig] = {
+ARCHITECTURES: Mapping[str, BackboneConfig] = {
     "dinov3_vits16": _released(384, 12, 6),
     "dinov3_vits16plus": _released(384, 12, 6, **_GATED),
     "dinov3_vitb16": _released(768, 12, 12),
@@ -61,10 +64,14 @@ ARCHITECTURES: Mapping[str, ViTConfig] = {
     "dinov3_vitl16plus": _released(1024, 24, 16, **_GATED),
     "dinov3_vith16plus": _released(1280, 32, 20, **_GATED),
     "dinov3_vit7b16": _released(4096, 40, 32, **_WIDE, untie_global_and_local_cls_norm=True),
+    "dinov3_convnext_tiny": ConvNeXtConfig(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
+    "dinov3_convnext_small": ConvNeXtConfig(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
+    "dinov3_convnext_base": ConvNeXtConfig(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    "dinov3_convnext_large": ConvNeXtConfig(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
 }
 
 
-def _builder(name: str) -> Callable[..., VisionTransformer]:
+def _builder(name: str, family: Callable[..., Family]) -> Callable[..., Family]:
     def build(
         *,
         pretrained: bool = True,
@@ -73,18 +80,20 @@ def _builder(name: str) -> Callable[..., VisionTransformer]:
         device: Device = None,
         dtype: torch.dtype | None = None,
         **overrides: Any,
-    ) -> VisionTransformer:
+    ) -> Family:
         chosen = _parse_weights(name, weights)
+        _check_source(name, chosen, pretrained)
         fields = dataclasses.asdict(ARCHITECTURES[name])
         if _is_satellite(name, chosen):
             fields["untie_global_and_local_cls_norm"] = True
-        config = ViTConfig.from_fields({**fields, **overrides})
-        _check_source(name, chosen, pretrained)
+        fields |= overrides
+        is_file = isinstance(chosen, Path)
+        model = family(device="meta" if is_file else device, dtype=dtype, **fields)
         if isinstance(chosen, Weights):
-            return VisionTransformer(config, device=device, dtype=dtype).eval()
+            return model.eval()
         if check_hash:
-            _check_hash(chosen)
-        return _fill(config, _read_tensors(chosen), chosen, device=device, dtype=dtype)
+            check_file_hash(chosen)
+        return fill(model, read_tensors(chosen), chosen, device=device)
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""Build {name.removeprefix("dinov3_")} in eval mode.
@@ -96,7 +105,7 @@ def _builder(name: str) -> Callable[..., VisionTransformer]:
         check_hash: Compare the file with the beginning of its sha256 in the file name.
         device: Where the model goes; "meta" builds the architecture alone.
         dtype: Of the parameters; float32 if None, whatever the file holds.
-        **overrides: Fields of `dinov3.models.vit.ViTConfig` that differ from the released model.
+        **overrides: Fields of `ViTConfig` or `ConvNeXtConfig` that differ from the released model.
 
     Raises:
         CheckpointError: There is no such file, or it does not hold exactly this model.
@@ -105,18 +114,20 @@ def _builder(name: str) -> Callable[..., VisionTransformer]:
     return build
 
 
-dinov3_vits16 = _builder("dinov3_vits16")
-dinov3_vits16plus = _builder("dinov3_vits16plus")
-dinov3_vitb16 = _builder("dinov3_vitb16")
-dinov3_vitl16 = _builder("dinov3_vitl16")
-dinov3_vitl16plus = _builder("dinov3_vitl16plus")
-dinov3_vith16plus = _builder("dinov3_vith16plus")
-dinov3_vit7b16 = _builder("dinov3_vit7b16")
+dinov3_vits16 = _builder("dinov3_vits16", build_vit)
+dinov3_vits16plus = _builder("dinov3_vits16plus", build_vit)
+dinov3_vitb16 = _builder("dinov3_vitb16", build_vit)
+dinov3_vitl16 = _builder("dinov3_vitl16", build_vit)
+dinov3_vitl16plus = _builder("dinov3_vitl16plus", build_vit)
+dinov3_vith16plus = _builder("dinov3_vith16plus", build_vit)
+dinov3_vit7b16 = _builder("dinov3_vit7b16", build_vit)
+dinov3_convnext_tiny = _builder("dinov3_convnext_tiny", build_convnext)
+dinov3_convnext_small = _builder("dinov3_convnext_small", build_convnext)
+dinov3_convnext_base = _builder("dinov3_convnext_base", build_convnext)
+dinov3_convnext_large = _builder("dinov3_convnext_large", build_convnext)
 
 
-def load(
-    directory: str | Path, *, role: Role = "teacher", device: Device = None
-) -> VisionTransformer:
+def load(directory: str | Path, *, role: Role = "teacher", device: Device = None) -> Backbone:
     """Open a backbone this project trained, in eval mode.
 
     Args:
@@ -133,16 +144,16 @@ def load(
     prefix = f"{role}."
     tensors = {
         name.removeprefix(prefix): value
-        for name, value in _read_tensors(path).items()
+        for name, value in read_tensors(path).items()
         if name.startswith(prefix)
     }
     if not tensors:
         msg = f"{path}: no tensor of the {role} in it, got role={role!r}. Use teacher or student."
         raise CheckpointError(msg)
-    return _fill(config, tensors, path, device=device)
+    return fill(backbone_of(config, device="meta"), tensors, path, device=device)
 
 
-def load_backbone(path: str | Path, arch: str, *, device: Device = None) -> VisionTransformer:
+def load_backbone(path: str | Path, arch: str, *, device: Device = None) -> Backbone:
     """Open one file of released weights as the architecture called `arch`, in eval mode.
 
     Raises:
@@ -152,12 +163,14 @@ def load_backbone(path: str | Path, arch: str, *, device: Device = None) -> Visi
     if arch not in ARCHITECTURES:
         msg = f"arch: no such architecture, got {arch!r}. Use one of {', '.join(ARCHITECTURES)}."
         raise ConfigError(msg)
-    return _builder(arch)(weights=Path(path), device=device)
+    if isinstance(ARCHITECTURES[arch], ConvNeXtConfig):
+        return _builder(arch, build_convnext)(weights=Path(path), device=device)
+    return _builder(arch, build_vit)(weights=Path(path), device=device)
 
 
 def random_init(
-    source: ViTConfig | str | Path, seed: int, *, device: Device = None
-) -> VisionTransformer:
+    source: BackboneConfig | str | Path, seed: int, *, device: Device = None
+) -> Backbone:
     """Build the same architecture with random weights, the baseline of every evaluation.
 
     The draws depend on `seed` alone; the default generator is left as it was.
@@ -167,13 +180,13 @@ def random_init(
         seed: Of the weights.
         device: Where the model goes; the draws are the same on every device.
     """
-    if isinstance(source, ViTConfig):
+    if isinstance(source, BackboneConfig):
         config = source
     else:
         config = ARCHITECTURES.get(str(source)) or _read_config(Path(source))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VisionTransformer(config, device="cpu")
+        model = backbone_of(config, device="cpu")
     return model.to(device).eval()
 
 
@@ -286,116 +299,14 @@ def _check_source(name: str, weights: Weights | Path, pretrained: bool) -> None:
 def _is_satellite(name: str, weights: Weights | Path) -> bool:
     if isinstance(weights, Weights):
         return weights is Weights.SAT493M
-    found = _HASH_IN_NAME.search(weights.name)
-    return found is not None and found[1][:8] == _SATELLITE_HASH.get(name)
+    promised = hash_in_name(weights)
+    return promised is not None and promised[:8] == _SATELLITE_HASH.get(name)
 
 
-def _check_hash(path: Path) -> None:
-    found = _HASH_IN_NAME.search(path.name)
-    if not found:
-        msg = f"{path}: no hash in the file name to check. Rename it or pass check_hash=False."
-        raise CheckpointError(msg)
-    with _existing(path).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not digest.startswith(found[1]):
-        msg = f"{path}: sha256 is not that of the file name, got {digest}. Fetch the file again."
-        raise CheckpointError(msg)
-
-
-def _read_config(folder: Path) -> ViTConfig:
+def _read_config(folder: Path) -> BackboneConfig:
     path = folder / "config.json"
     try:
-        return ViTConfig.from_fields(json.loads(path.read_text(encoding="utf-8"))["model"])
+        return backbone_config(json.loads(path.read_text(encoding="utf-8"))["model"])
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         msg = f"{path}: not the config of a backbone, got {error!r}. Pass a model's directory."
         raise CheckpointError(msg) from error
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        msg = f"{path}: no such file of weights. Pass the path of a .pth or .safetensors file."
-        raise CheckpointError(msg)
-    return path
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .pth or .safetensors file by their name in the backbone."""
-    content = _read_file(_existing(path))
-    if not isinstance(content, Mapping):
-        msg = f"{path}: not a state dict, got a {type(content).__name__}. Pass the weights alone."
-        raise CheckpointError(msg)
-    teacher = content.get("teacher")
-    if isinstance(teacher, Mapping):
-        content = {
-            name.removeprefix("backbone."): value
-            for name, value in teacher.items()
-            if not name.startswith(_HEAD_PREFIXES)
-        }
-    foreign = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if foreign:
-        msg = f"{path}: not a state dict of tensors, got {_some(foreign)}. Pass the weights alone."
-        raise CheckpointError(msg)
-    return dict(content)
-
-
-def _read_file(path: Path) -> object:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # only the zip format, the usual one, can be mapped into memory
-        mapped = zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        first = str(error).partition("\n")[0]
-        msg = f"{path}: not a readable file of weights, got {first!r}. Fetch or export it again."
-        raise CheckpointError(msg) from error
-
-
-def _fill(
-    config: ViTConfig,
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    *,
-    device: Device = None,
-    dtype: torch.dtype | None = None,
-) -> VisionTransformer:
-    """Put exactly these tensors into a model that holds no other memory before."""
-    model = VisionTransformer(config, device="meta", dtype=dtype)
-    expected = model.state_dict()
-    differences = {
-        "missing": [name for name in expected if name not in tensors],
-        "unexpected": [name for name in tensors if name not in expected],
-        "misshapen": [
-            f"{name} {list(tensors[name].shape)} for {list(value.shape)}"
-            for name, value in expected.items()
-            if name in tensors and tensors[name].shape != value.shape
-        ],
-    }
-    found = [f"{kind}: {_some(names)}" for kind, names in differences.items() if names]
-    if found:
-        msg = f"{path}: not the weights of this architecture, got {'; '.join(found)}. Pass its own."
-        raise CheckpointError(msg)
-    target = device or torch.get_default_device()
-    # copies: a tensor mapped from the file would change or vanish with it
-    state = {
-        name: tensors[name].to(device=target, dtype=value.dtype, copy=True)
-        for name, value in expected.items()
-    }
-    broken = [name for name, value in state.items() if not _is_finite(name, value)]
-    if broken:
-        msg = (
-            f"{path}: NaN or infinity among the weights, got it in {_some(broken, 3)}. Train anew."
-        )
-        raise CheckpointError(msg)
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
-
-
-def _is_finite(name: str, value: Tensor) -> bool:
-    exempt = value.is_meta or value.numel() == 0 or name.endswith(".bias_mask")  # NaN until filled
-    return exempt or bool(torch.stack(torch.aminmax(value)).isfinite().all())
-
-
-def _some(names: list[str], limit: int = 20) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

@@ -165,7 +165,7 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-def _tie_to(parent: int, number: int = signal.SIGTERM) -> None:
+def tie_to(parent: int, number: int = signal.SIGTERM) -> None:
     """Dies with `parent`, also when that happened before the kernel was told."""
     if not sys.platform.startswith("linux"):
         return
@@ -186,7 +186,7 @@ def _guard(command: Sequence[str], *, parent: int, grace: float) -> int:
             signal.signal(number, _raise_stopped)
         if sys.platform.startswith("linux"):
             _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command become ours
-        _tie_to(parent)
+        tie_to(parent)
         guard = os.getpid()
         child = subprocess.Popen(command, preexec_fn=lambda: _prepare_child(guard))
         return _exit_code(child.wait())
@@ -208,7 +208,7 @@ def _prepare_child(guard: int) -> None:
     """Runs between fork and exec; the guard has one thread, so this is safe."""
     for number in _STOPPING:  # a background shell hands down an ignored SIGINT
         signal.signal(number, signal.SIG_DFL)
-    _tie_to(guard)
+    tie_to(guard)
 
 
 def _exit_code(returned: int) -> int:

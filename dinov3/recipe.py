@@ -94,12 +94,33 @@ def _resolve(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         kind = type(tree).__name__
         msg = f"{path}: not a mapping of keys to values, got {kind}. Write `key: value`."
         raise ConfigError(msg)
-    parent = tree.pop("extends", None)
+    return _extended(tree, path, (*seen, path))
+
+
+def _extended(
+    tree: dict[str, Any],
+    path: Path,
+    seen: tuple[Path, ...],
+    around: tuple[dict[str, Any], ...] = (),
+) -> dict[str, Any]:
+    """A mapping laid over the recipe it extends, and so every mapping inside it.
+
+    It is left as it is: an alias of YAML may let it stand in several places.
+    """
+    if any(tree is one for one in around):
+        msg = f"{path}: a mapping must not stand in itself, got Circular reference. Write it out."
+        raise ConfigError(msg)
+    own = {
+        key: _extended(value, path, seen, (*around, tree)) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key != "extends"
+    }
+    parent = tree.get("extends")
     if parent is None:
-        return tree
+        return own
     beside = path.parent / str(parent)
     parent_path = beside if _is_file(beside) else _recipe_path(str(parent), path.stem)
-    return _merge(_resolve(parent_path, (*seen, path)), tree)
+    return _merge(_resolve(parent_path, seen), own)
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,30 +73,36 @@ class Stage:
         return self._partial / name
 
     def read(self, role: str, path: Path) -> Path:
-        """Checks an input file against the record beside it and adds the edge; returns the path.
+        """Checks an input file against its record and adds the edge; returns the path.
+
+        The record stands beside the file, or one folder up for a file in a sub-folder of its stage.
 
         Raises:
             DataError: The file or its record is missing.
             LineageBroken: The bytes differ from the record.
         """
-        record_path = path.parent / RECORD_NAME
+        folder = path.parent
+        if not (folder / RECORD_NAME).is_file() and (folder.parent / RECORD_NAME).is_file():
+            folder = folder.parent
+        record_path = folder / RECORD_NAME
         for needed in (path, record_path):
             if not needed.is_file():
-                msg = f"{needed}: missing. Make it first: dvc repro {path.parent.name}."
+                msg = f"{needed}: missing. Make it first: dvc repro {folder.name}."
                 raise DataError(msg)
         try:
             record = read_record(record_path)
         except RecordError as error:
             raise LineageBroken(str(error)) from error
         sha256 = file_sha256(path)
-        named = record.outputs.get(path.name)
+        name = path.relative_to(folder).as_posix()
+        named = record.outputs.get(name)
         if named is None or named.sha256 != sha256:
             msg = (
-                f"{path}: its bytes differ from the record beside it, got sha256 {sha256}. "
+                f"{path}: its bytes differ from the record of its stage, got sha256 {sha256}. "
                 f"Restore it with dvc checkout --force, or make it anew."
             )
             raise LineageBroken(msg)
-        self._edges.append(Edge(role, path.name, sha256, file_sha256(record_path)))
+        self._edges.append(Edge(role, name, sha256, file_sha256(record_path)))
         self._licences.update(record.licences.get("out", ()))
         return path
 
@@ -109,6 +115,12 @@ class Stage:
         """Adds an input whose bytes are vouched for elsewhere, with its licences."""
         self._edges.append(edge)
         self._licences.update(licences)
+
+    def adopt(self, other: "Stage") -> None:
+        """Takes over inputs, licences and facts of a stage that is made by the same run."""
+        if other is not self:
+            self._edges, self._licences = list(other._edges), set(other._licences)
+            self.facts = dict(other.facts)
 
     @property
     def edges(self) -> tuple[Edge, ...]:

@@ -3,12 +3,12 @@
     dagster dev -w workspace.yaml
 
 Steps run in the process of their run: they only wait for dvc, and a process per step would cost
-ten seconds of imports each. What runs side by side is limited by the pool `gpu` over all runs.
+ten seconds of imports each.
 """
 
 import dagster as dg
 
-from assets import data, evals, teacher
+from assets import data, evals, students, teacher, text
 from orchestration.runner import StageRunner
 from orchestration.stages import checkout_pipeline
 from orchestration.versions import dvc_lock_sensor
@@ -20,7 +20,7 @@ everything = dg.define_asset_job(
 )
 
 defs = dg.Definitions(
-    assets=dg.load_assets_from_modules([data, teacher, evals]),
+    assets=dg.load_assets_from_modules([data, teacher, students, text, evals]),
     jobs=[everything],
     sensors=[dvc_lock_sensor(checkout_pipeline())],
     resources={"runner": StageRunner()},

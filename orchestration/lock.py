@@ -16,7 +16,7 @@ import yaml
 
 from dinov3.errors import DataError
 from dinov3.release.record import digest_of
-from orchestration.stages import UNDETERMINED, Pipeline, PipelineStage
+from orchestration.stages import UNDETERMINED, Artifact, Pipeline, PipelineStage
 
 DATA_VERSION = "dagster/data_version"
 _USER_PROVIDED = "dagster/data_version_is_user_provided"
@@ -62,11 +62,19 @@ def lock_digest(root: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def data_version(locked: LockedStage) -> str:
+def locked_outs(artifact: Artifact, lock: Lock) -> dict[str, str]:
+    """Hashes by path of what an artifact consists of; empty while dvc has not made it."""
+    if artifact.stage not in lock:
+        return {}
+    outs = lock[artifact.stage].outs
+    return {path: value for path, value in outs.items() if path in artifact.outs}
+
+
+def data_version(artifact: Artifact, lock: Lock) -> str:
     """Digest of the outputs, less those that the inputs do not determine."""
     determined = {
         path: value
-        for path, value in locked.outs.items()
+        for path, value in locked_outs(artifact, lock).items()
         if PurePosixPath(path).name not in UNDETERMINED
     }
     return digest_of(determined)
@@ -86,16 +94,24 @@ def root_version(pipeline: Pipeline, root: str, lock: Lock) -> str | None:
     return None
 
 
-def version_tags(pipeline: Pipeline, stage: PipelineStage, lock: Lock) -> dict[str, str]:
-    """The tags by which Dagster judges a materialization of a stage in the lock fresh or stale.
+def version_tags(
+    pipeline: Pipeline, stage: PipelineStage, artifact: Artifact, lock: Lock
+) -> dict[str, str]:
+    """The tags by which Dagster judges a materialization in the lock fresh or stale.
 
     Both tags per upstream are needed, else it is stale for ever. An input that was made anew since
     gets a version that no event has, and so shows stale.
+
+    Args:
+        pipeline: As it is written now.
+        stage: A stage that is in the lock.
+        artifact: The one of its artifacts to judge; code and inputs are those of the stage.
+        lock: As dvc wrote it.
     """
     locked = lock[stage.name]
     code = {path: locked.deps[path] for path in stage.code if path in locked.deps}
     tags = {
-        DATA_VERSION: data_version(locked),
+        DATA_VERSION: data_version(artifact, lock),
         _USER_PROVIDED: "true",
         CODE_VERSION: _code_digest(locked.command, code),
     }
@@ -120,11 +136,11 @@ def _locked(body: Mapping[str, Any]) -> LockedStage:
 
 
 def _consumed(pipeline: Pipeline, key: str, locked: LockedStage, lock: Lock) -> str:
-    made = lock.get(pipeline.stages[key].name)
-    outs = {} if made is None else made.outs
-    read = {path: value for path, value in locked.deps.items() if path in pipeline.stages[key].outs}
-    if made is not None and all(outs.get(path) == value for path, value in read.items()):
-        return data_version(made)
+    artifact = pipeline.artifacts[key]
+    made = locked_outs(artifact, lock)
+    read = {path: value for path, value in locked.deps.items() if path in artifact.outs}
+    if read and all(made.get(path) == value for path, value in read.items()):
+        return data_version(artifact, lock)
     return SUPERSEDED + digest_of(read)
 
 

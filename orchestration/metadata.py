@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import dagster as dg
@@ -18,8 +18,8 @@ from dinov3.data.sources import open_source
 from dinov3.errors import DinoError
 from dinov3.evals.curves import HEIGHT, WIDTH, Curve, read_curves
 from dinov3.release.record import RECORD_NAME, canonical_json, file_sha256, read_record
-from orchestration.lock import LockedStage
-from orchestration.stages import PipelineStage
+from orchestration.lock import Lock, locked_outs
+from orchestration.stages import Artifact
 
 _MAX_CURVES = 16
 _COLUMNS = 4
@@ -29,23 +29,23 @@ _TILE = 96  # pixels
 _PLAIN = (bool, int, float, str)
 
 
-def describe(root: Path, stage: PipelineStage, locked: LockedStage) -> dict[str, Any]:
+def describe(root: Path, artifact: Artifact, lock: Lock) -> dict[str, Any]:
     """Digests, row counts and facts of the record, curves, sample pictures, the report.
 
     Only the digests when the files are not those that `dvc.lock` names.
 
     Args:
         root: Folder of the pipeline.
-        stage: The stage.
-        locked: What dvc wrote down after it.
+        artifact: One that is in the lock.
+        lock: What dvc wrote down.
     """
-    folder = root / stage.folder
+    folder = root / artifact.folder
     shown: dict[str, Any] = {
         "folder": dg.MetadataValue.path(str(folder)),
-        "digests": dg.MetadataValue.md(_digests(locked)),
+        "digests": dg.MetadataValue.md(_digests(artifact, lock)),
     }
     record_path = folder / RECORD_NAME
-    named = locked.outs.get(f"{stage.folder}/{RECORD_NAME}")
+    named = locked_outs(artifact, lock).get(f"{artifact.folder}/{RECORD_NAME}")
     if named is None or not _is_file_of(record_path, named):
         return shown
     shown |= _record(record_path)
@@ -64,10 +64,11 @@ def picture_markdown(name: str, kind: str, data: bytes) -> dg.MarkdownMetadataVa
     return dg.MetadataValue.md(f"![{name}](data:image/{kind};base64,{text})")
 
 
-def _digests(locked: LockedStage) -> str:
+def _digests(artifact: Artifact, lock: Lock) -> str:
+    sizes = lock[artifact.stage].sizes
     rows = [
-        f"| {Path(path).name} | `{value}` | {locked.sizes[path]:,} |"
-        for path, value in locked.outs.items()
+        f"| {PurePosixPath(path).relative_to(artifact.folder)} | `{value}` | {sizes[path]:,} |"
+        for path, value in locked_outs(artifact, lock).items()
     ]
     return "\n".join(["| output | md5 | bytes |", "|---|---|---|", *rows])
 

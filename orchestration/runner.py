@@ -7,26 +7,24 @@ read after dvc ended, in one way for a stage that ran, was restored or had nothi
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import dagster as dg
 
 from dinov3.errors import Interrupted, JudgementFailed, LineageBroken
 from dinov3.launch import DEFAULT_GRACE, start, stop
 from orchestration.events import root_events
-from orchestration.lock import DATA_VERSION, code_version, read_lock, version_tags
+from orchestration.lock import DATA_VERSION, Lock, code_version, read_lock, version_tags
 from orchestration.metadata import describe
+from orchestration.output import LINES_SHOWN, follow
 from orchestration.rwlock import remove_stale_locks
-from orchestration.stages import CHECKOUT, Pipeline, PipelineStage, checkout_pipeline
-
-_LINES_SHOWN = 40
+from orchestration.stages import CHECKOUT, Artifact, Pipeline, PipelineStage, checkout_pipeline
 
 _EXIT = re.compile(r"exited with (-?\d+)\s*$", re.MULTILINE)
 _MISSING = re.compile(r"No such file or directory: '([^']+)'|missing data '[^']*': (\S+)")
@@ -108,7 +106,7 @@ class StageRunner(dg.ConfigurableResource):
                 command, output=output, cwd=root, env=_environment(), grace=self.grace_seconds
             )
             try:
-                text = _follow(process, output, log, self.log_seconds)
+                text = follow(process, output, log, self.log_seconds)
             finally:
                 stop(process, self.grace_seconds)
                 remove_stale_locks(root)
@@ -124,71 +122,101 @@ def stage_asset(
     checks: Mapping[str, Check] | None = None,
     pipeline: Pipeline | None = None,
 ) -> dg.AssetsDefinition:
-    """The asset of a stage; command, inputs, outputs and edges come from `dvc.yaml`.
+    """The assets of a stage, one per artifact; commands, paths and edges come from `dvc.yaml`.
+
+    One run of the stage makes all of its artifacts, so that they are selected together.
 
     Args:
         key: Key of the stage.
         group: Chapter of the graph.
         kinds: Badges in the UI.
-        description: One sentence.
-        checks: Name to function of the stage's folder. They block: a red one stops downstream.
+        description: One sentence, the same for each artifact.
+        checks: Name to function of an artifact's folder. They block: a red one stops downstream.
             They run inside the step, so that a stage which refuses its own result shows them too.
         pipeline: None for that of this checkout.
     """
     graph = pipeline or checkout_pipeline()
-    stage, judges = graph.stages[key], checks or {}
+    stage, judges = graph.stage(key), checks or {}
 
-    @dg.asset(
+    @dg.multi_asset(
         name=key,
-        deps=[*stage.upstream, *stage.roots],
-        group_name=group,
-        kinds=kinds,
-        description=description,
-        code_version=code_version(graph, stage),
-        metadata={"command": stage.command, "outputs": "\n".join(stage.outs)},
+        specs=[
+            dg.AssetSpec(
+                artifact.key,
+                deps=[*stage.upstream, *stage.roots],
+                group_name=group,
+                kinds=kinds,
+                description=description,
+                code_version=code_version(graph, stage),
+                metadata={"command": stage.command, "outputs": "\n".join(artifact.outs)},
+                skippable=True,  # a failed stage makes nothing
+            )
+            for artifact in stage.artifacts
+        ],
         check_specs=[
-            dg.AssetCheckSpec(name, asset=key, blocking=True, description=check.__doc__)
+            dg.AssetCheckSpec(name, asset=artifact.key, blocking=True, description=check.__doc__)
+            for artifact in stage.artifacts
             for name, check in judges.items()
         ],
-        output_required=False,
     )
     def materialize(context: dg.AssetExecutionContext, runner: StageRunner) -> Iterator[Any]:
         outcome = runner.repro(stage, graph.root, context.log.info)
         if outcome.is_busy:
             raise dg.RetryRequested(runner.max_retries, runner.retry_seconds)
-        results = _judge(graph.root / stage.folder, judges, outcome)
+        judged = {
+            artifact.key: _judge(graph.root, artifact, judges, outcome)
+            for artifact in stage.artifacts
+        }
         if outcome.code:
-            yield from results
+            yield from (result for results in judged.values() for result in results)
             raise _failure(stage, outcome)
         lock = read_lock(graph.root)
-        tags = version_tags(graph, stage, lock)
         yield from root_events(context.instance, graph, stage.roots, lock)
-        yield dg.MaterializeResult(
-            metadata={
-                "dvc": outcome.done,
-                "seconds": round(outcome.seconds, 1),
-                **describe(graph.root, stage, lock[stage.name]),
-            },
-            data_version=dg.DataVersion(tags[DATA_VERSION]),
-            tags=tags,
-            check_results=results,
-        )
+        for artifact in stage.artifacts:
+            yield _result(graph, stage, artifact, lock, outcome, judged[artifact.key])
 
     return materialize
 
 
 def _judge(
-    folder: Path, checks: Mapping[str, Check], outcome: Outcome
+    root: Path, artifact: Artifact, checks: Mapping[str, Check], outcome: Outcome
 ) -> list[dg.AssetCheckResult]:
     """After a refusal the stage leaves its verdict in the folder; after other failures, nothing."""
     if outcome.code and outcome.stage_code != JudgementFailed.exit_code:
         return []
-    return [check_result(name, check(folder)) for name, check in checks.items()]
+    return [
+        check_result(artifact.key, name, check(root / artifact.folder))
+        for name, check in checks.items()
+    ]
 
 
-def check_result(name: str, judgement: Judgement) -> dg.AssetCheckResult:
-    """A judgement in Dagster's words."""
+def _result(
+    graph: Pipeline,
+    stage: PipelineStage,
+    artifact: Artifact,
+    lock: Lock,
+    outcome: Outcome,
+    judged: Sequence[dg.AssetCheckResult],
+) -> dg.MaterializeResult:
+    """What Dagster keeps of an artifact that dvc has made."""
+    tags = version_tags(graph, stage, artifact, lock)
+    return dg.MaterializeResult(
+        asset_key=artifact.key,
+        metadata={
+            "dvc": outcome.done,
+            "seconds": round(outcome.seconds, 1),
+            **describe(graph.root, artifact, lock),
+        },
+        data_version=dg.DataVersion(tags[DATA_VERSION]),
+        tags=tags,
+        check_results=judged,
+    )
+
+
+def check_result(key: str, name: str, judgement: Judgement) -> dg.AssetCheckResult:
+    """A judgement of the asset of a key in Dagster's words."""
     return dg.AssetCheckResult(
+        asset_key=key,
         check_name=name,
         passed=judgement.passed,
         description=judgement.description,
@@ -206,7 +234,7 @@ def _failure(stage: PipelineStage, outcome: Outcome) -> dg.Failure:
         advice = f"{path} is missing; materialize what makes it first, or run dvc checkout."
     else:
         advice = "dvc itself failed; see the last lines."
-    last = "\n".join(outcome.text.splitlines()[-_LINES_SHOWN:])
+    last = "\n".join(outcome.text.splitlines()[-LINES_SHOWN:])
     return dg.Failure(
         f"{stage.name}: {advice}\n{last}",
         metadata={"exit_code": outcome.code if outcome.stage_code is None else outcome.stage_code},
@@ -218,40 +246,3 @@ def _environment() -> dict[str, str]:
     """Pins the interpreter and the shell: dvc takes `python` from PATH and its shell from SHELL."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return {**os.environ, "PATH": path, "SHELL": "/bin/sh", "PYTHONUNBUFFERED": "1"}
-
-
-def _follow(
-    process: subprocess.Popen[bytes], output: IO[bytes], log: Callable[[str], None], period: float
-) -> str:
-    """Passes on whole lines as they come; returns everything that was said."""
-    said, shown = b"", 0
-    while True:
-        ended = _wait(process, period)  # looked at before reading, so that nothing is lost
-        said += os.pread(output.fileno(), 1 << 30, len(said))
-        until = len(said) if ended else max(said.rfind(b"\n"), said.rfind(b"\r")) + 1
-        _pass_on(said[shown:until], log)
-        shown = max(shown, until)
-        if ended:
-            return _lines(said)
-
-
-def _wait(process: subprocess.Popen[bytes], period: float) -> bool:
-    try:
-        process.wait(period)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _pass_on(chunk: bytes, log: Callable[[str], None]) -> None:
-    lines = [line for line in _lines(chunk).splitlines() if line.strip()]
-    if len(lines) > _LINES_SHOWN:
-        left_out = f"({len(lines) - _LINES_SHOWN} lines left out)"
-        lines = [left_out, *lines[-_LINES_SHOWN:]]
-    if lines:
-        log("\n".join(lines))
-
-
-def _lines(said: bytes) -> str:
-    """A progress bar rewrites its line with carriage returns: each becomes a line."""
-    return said.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")

@@ -2,19 +2,21 @@
 
     pretrained_checkpoint ──> eval_reports@pretrained, asset key eval_reports_pretrained
 
+An artifact is a folder with a record.json and an asset. Most stages make one, which has the
+stage's key; outs in several folders with a record each are several, `<stage>_<folder>`.
 Reading it ourselves takes milliseconds where `dvc` takes seconds; a test holds the two equal.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from dinov3.errors import ConfigError
+from dinov3.release.record import RECORD_NAME
+from orchestration.dvcfile import read_stages
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DATA = "data"  # artifacts live in data/<stage>/, sources are seen as data/<root>/
@@ -22,22 +24,16 @@ RUN_NAME = "run.json"
 # written by a stage, but not determined by its inputs: when, where, how long
 UNDETERMINED = frozenset({RUN_NAME, "events.jsonl", "tensorboard"})
 
-_REFERENCE = re.compile(r"\$\{\s*([\w.\-]+)\s*\}")
 _KNOWN = {"cmd", "deps", "outs", "metrics", "plots", "params", "desc", "meta"}
 
 
 @dataclass(frozen=True)
-class PipelineStage:
-    """One stage or arm of `dvc.yaml`, with everything interpolated."""
+class Artifact:
+    """What a stage makes: a folder with its record, in Dagster an asset."""
 
-    name: str  # as dvc addresses it: eval_reports@pretrained
-    key: str  # as Dagster shows it: eval_reports_pretrained
-    command: str
-    deps: tuple[str, ...]
+    key: str  # as Dagster shows it: distilled_students_vits
+    stage: str  # the stage that makes it, as dvc addresses it: distilled_students
     outs: tuple[str, ...]
-    upstream: tuple[str, ...]  # keys of the stages that make its inputs
-    roots: tuple[str, ...]  # keys of the sources it reads, which no stage makes
-    code: tuple[str, ...]  # the deps that are neither
 
     @property
     def folder(self) -> str:
@@ -51,16 +47,46 @@ class PipelineStage:
 
 
 @dataclass(frozen=True)
+class PipelineStage:
+    """One stage or arm of `dvc.yaml`, with everything interpolated."""
+
+    name: str  # as dvc addresses it: eval_reports@pretrained
+    key: str  # the same in letters, digits and underscores: eval_reports_pretrained
+    command: str
+    deps: tuple[str, ...]
+    artifacts: tuple[Artifact, ...]
+    upstream: tuple[str, ...]  # keys of the artifacts among its inputs
+    roots: tuple[str, ...]  # keys of the sources it reads, which no stage makes
+    code: tuple[str, ...]  # the deps that are neither
+
+
+@dataclass(frozen=True)
 class Pipeline:
-    """All stages by key, each after its upstreams."""
+    """All stages by key, each after those that make its inputs."""
 
     root: Path
     stages: Mapping[str, PipelineStage]
+
+    @cached_property
+    def artifacts(self) -> Mapping[str, Artifact]:
+        """All artifacts by key, in the order of their stages."""
+        return {one.key: one for stage in self.stages.values() for one in stage.artifacts}
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Keys of the sources, sorted."""
         return tuple(sorted({root for stage in self.stages.values() for root in stage.roots}))
+
+    def stage(self, key: str) -> PipelineStage:
+        """The stage of a key.
+
+        Raises:
+            ConfigError: `dvc.yaml` has none.
+        """
+        if key not in self.stages:
+            msg = f"dvc.yaml: no stage of that key, got {key!r}. Name one that is there."
+            raise ConfigError(msg)
+        return self.stages[key]
 
     def arms(self, name: str) -> tuple[str, ...]:
         """Keys of the arms of a `foreach`.
@@ -85,91 +111,57 @@ def read_pipeline(root: Path) -> Pipeline:
     """Reads `dvc.yaml` and `params.yaml` of a folder.
 
     Raises:
-        ConfigError: Something in them that we cannot read the way dvc does, or two stages with one
-            asset key.
+        ConfigError: Something in them that we cannot read the way dvc does, outputs beside the
+            folders of a stage's artifacts, or one key for two stages or artifacts.
     """
-    described = _load(root / "dvc.yaml")
-    refused = sorted(set(described) - {"stages"})
-    if refused:
-        msg = f"dvc.yaml: only stages are read here, got {', '.join(refused)}. Move them away."
-        raise ConfigError(msg)
-    params = _load(root / "params.yaml") if (root / "params.yaml").is_file() else {}
-    raw = dict(_expand(described.get("stages") or {}, params))
-    keys = _unique_keys(raw)
-    makers = {path: keys[name] for name, body in raw.items() for path in _outs(body)}
-    stages = {keys[name]: _stage(name, body, keys[name], makers) for name, body in raw.items()}
+    raw = read_stages(root)
+    _refuse_shared_keys((_key(name), name) for name in raw)
+    artifacts = {name: _artifacts(name, _outs(body)) for name, body in raw.items()}
+    every = [artifact for made in artifacts.values() for artifact in made]
+    _refuse_shared_keys((artifact.key, artifact.stage) for artifact in every)
+    makers = {out: artifact.key for artifact in every for out in artifact.outs}
+    stages = [_stage(name, body, artifacts[name], makers) for name, body in raw.items()]
     return Pipeline(root, {stage.key: stage for stage in _in_order(stages)})
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        msg = f"{path}: cannot be read: {error}. Mend the file."
-        raise ConfigError(msg) from error
-    return value or {}
+def _key(name: str) -> str:
+    """Dagster knows only letters, digits and underscores."""
+    return re.sub(r"\W", "_", name, flags=re.ASCII)
 
 
-def _expand(
-    stages: Mapping[str, Any], params: Mapping[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One (address, interpolated body) per stage and per arm of a `foreach`."""
-    for name, body in stages.items():
-        if "foreach" not in body:
-            yield name, _interpolate(body, params, name)
-            continue
-        arms = _interpolate(body["foreach"], params, name)
-        if isinstance(arms, list):
-            arms = {_text(arm): arm for arm in arms}
-            contexts = {arm: {"item": item} for arm, item in arms.items()}
-        else:
-            contexts = {arm: {"item": item, "key": arm} for arm, item in arms.items()}
-        for arm, context in contexts.items():
-            address = f"{name}@{arm}"
-            yield address, _interpolate(body["do"], {**params, **context}, address)
+def _refuse_shared_keys(keyed: Iterable[tuple[str, str]]) -> None:
+    names: dict[str, list[str]] = {}
+    for key, name in keyed:
+        names.setdefault(key, []).append(name)
+    for key, culprits in names.items():
+        if len(culprits) > 1:
+            said = ", ".join(sorted(culprits))
+            msg = f"dvc.yaml: one asset key {key!r} for {said}. Rename one of them."
+            raise ConfigError(msg)
 
 
-def _interpolate(value: Any, context: Mapping[str, Any], where: str) -> Any:
-    if isinstance(value, dict):
-        return {
-            _interpolate(key, context, where): _interpolate(one, context, where)
-            for key, one in value.items()
-        }
-    if isinstance(value, list):
-        return [_interpolate(one, context, where) for one in value]
-    if not isinstance(value, str):
-        return value
-    whole = _REFERENCE.fullmatch(value)
-    if whole:
-        return _look_up(whole[1], context, where)
-    return _REFERENCE.sub(lambda found: _text(_look_up(found[1], context, where)), value)
-
-
-def _look_up(reference: str, context: Mapping[str, Any], where: str) -> Any:
-    value: Any = context
-    for part in reference.split("."):
-        if not isinstance(value, Mapping) or part not in value:
+def _artifacts(name: str, outs: tuple[str, ...]) -> tuple[Artifact, ...]:
+    """One, or one per folder with a record where there are several."""
+    paths = [PurePosixPath(out) for out in outs]
+    folders = [path.parent for path in paths if path.name == RECORD_NAME]
+    if len(folders) < 2:
+        return (Artifact(_key(name), name, outs),)
+    for path in paths:
+        if sum(path.is_relative_to(folder) for folder in folders) != 1:
+            said = ", ".join(map(str, folders))
             msg = (
-                f"dvc.yaml: {where}: unknown name, got ${{{reference}}}. Define it in params.yaml."
+                f"dvc.yaml: {name}: each output belongs to one folder with a {RECORD_NAME} "
+                f"({said}), got {path}. Move it into one of them."
             )
             raise ConfigError(msg)
-        value = value[part]
-    return value
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _unique_keys(names: Iterable[str]) -> dict[str, str]:
-    """Asset key by dvc address; Dagster knows only letters, digits and underscores."""
-    keys = {name: re.sub(r"\W", "_", name, flags=re.ASCII) for name in names}
-    for key in keys.values():
-        culprits = sorted(name for name, other in keys.items() if other == key)
-        if len(culprits) > 1:
-            msg = f"dvc.yaml: one asset key {key!r} for {', '.join(culprits)}. Rename one of them."
-            raise ConfigError(msg)
-    return keys
+    return tuple(
+        Artifact(
+            key=_key(f"{name}_{folder.name}"),
+            stage=name,
+            outs=tuple(str(path) for path in paths if path.is_relative_to(folder)),
+        )
+        for folder in folders
+    )
 
 
 def _outs(body: Mapping[str, Any]) -> tuple[str, ...]:
@@ -183,7 +175,10 @@ def _paths(body: Mapping[str, Any], field: str) -> tuple[str, ...]:
 
 
 def _stage(
-    name: str, body: Mapping[str, Any], key: str, makers: Mapping[str, str]
+    name: str,
+    body: Mapping[str, Any],
+    artifacts: tuple[Artifact, ...],
+    makers: Mapping[str, str],
 ) -> PipelineStage:
     unknown = sorted(set(body) - _KNOWN)
     if unknown:
@@ -204,10 +199,10 @@ def _stage(
             code.append(dep)
     return PipelineStage(
         name=name,
-        key=key,
+        key=_key(name),
         command=command,
         deps=deps,
-        outs=_outs(body),
+        artifacts=artifacts,
         upstream=tuple(dict.fromkeys(upstream)),
         roots=tuple(dict.fromkeys(roots)),
         code=tuple(code),
@@ -220,15 +215,18 @@ def _overlap(one: str, other: str) -> bool:
     return a.is_relative_to(b) or b.is_relative_to(a)
 
 
-def _in_order(stages: Mapping[str, PipelineStage]) -> list[PipelineStage]:
-    """Each stage after its upstreams, otherwise as written."""
-    ordered: dict[str, PipelineStage] = {}
-    waiting = dict(stages)
+def _in_order(stages: Iterable[PipelineStage]) -> list[PipelineStage]:
+    """Each stage after those that make its inputs, otherwise as written."""
+    ordered: list[PipelineStage] = []
+    made: set[str] = set()
+    waiting = list(stages)
     while waiting:
-        ready = [one for one in waiting.values() if all(up in ordered for up in one.upstream)]
+        ready = [one for one in waiting if made.issuperset(one.upstream)]
         if not ready:
-            msg = f"dvc.yaml: stages in a circle, got {', '.join(waiting)}. Break it."
+            names = ", ".join(one.key for one in waiting)
+            msg = f"dvc.yaml: stages in a circle, got {names}. Break it."
             raise ConfigError(msg)
-        for stage in ready:
-            ordered[stage.key] = waiting.pop(stage.key)
-    return list(ordered.values())
+        ordered += ready
+        made.update(artifact.key for one in ready for artifact in one.artifacts)
+        waiting = [one for one in waiting if one not in ready]
+    return ordered

@@ -6,7 +6,7 @@ import dagster as dg
 from dagster import DagsterInstance, RunsFilter
 
 from orchestration.events import is_news, root_events
-from orchestration.lock import Lock, lock_digest, read_lock, version_tags
+from orchestration.lock import Lock, lock_digest, locked_outs, read_lock, version_tags
 from orchestration.metadata import describe
 from orchestration.stages import Pipeline
 
@@ -54,15 +54,17 @@ def _events(
     instance: DagsterInstance, pipeline: Pipeline, lock: Lock
 ) -> Iterator[dg.AssetMaterialization]:
     yield from root_events(instance, pipeline, pipeline.sources, lock)
-    for key, stage in pipeline.stages.items():
-        tags = version_tags(pipeline, stage, lock) if stage.name in lock else {}
-        if is_news(instance, key, tags):
-            yield dg.AssetMaterialization(
-                key,
-                description="made by dvc outside Dagster",
-                metadata=describe(pipeline.root, stage, lock[stage.name]),
-                tags=tags,
-            )
+    for stage in pipeline.stages.values():
+        for artifact in stage.artifacts:
+            made = bool(locked_outs(artifact, lock))
+            tags = version_tags(pipeline, stage, artifact, lock) if made else {}
+            if is_news(instance, artifact.key, tags):
+                yield dg.AssetMaterialization(
+                    artifact.key,
+                    description="made by dvc outside Dagster",
+                    metadata=describe(pipeline.root, artifact, lock),
+                    tags=tags,
+                )
 
 
 def _is_materializing(instance: DagsterInstance) -> bool:

@@ -12,8 +12,9 @@ Batches are crop-major: all first crops, then all second crops, and so on.
 # B images, C crops per image, N = C * B crops, H x W pixels
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +57,14 @@ class CropRecipe:
     solarize_probability: float = 0.0
 
 
+class View(NamedTuple):
+    """A further picture of the global or the local crops: the same cuts at a size of its own."""
+
+    kind: Literal["global", "local"]
+    size: int
+    is_distorted: bool = True  # otherwise only mirrored, as its crop is, and normalised
+
+
 @dataclass(frozen=True)
 class CropParameters:
     """What was drawn for every crop, crop-major.
@@ -84,8 +93,8 @@ class CropParameters:
     sigma: NDArray[np.float32]
     solarize: NDArray[np.bool_]
 
-    def __getitem__(self, rows: slice) -> "CropParameters":
-        return CropParameters(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> "CropParameters":
+        return CropParameters(*(getattr(self, one.name)[rows] for one in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,10 @@ class Batch:
     Attributes:
         step: Of the run.
         indices: int64 [B], which images.
-        global_crops: uint8 [2 * B, 3, H, W].
-        local_crops: uint8 [(C - 2) * B, 3, h, w].
+        global_crops: uint8 [G * B, 3, H, W], G being 2 in self-distillation.
+        local_crops: uint8 [(C - G) * B, 3, h, w].
         parameters: Of all crops, the global ones first.
+        views: uint8 [N, 3, size, size] of each further view, crop-major like its kind.
     """
 
     step: int
@@ -105,6 +115,29 @@ class Batch:
     global_crops: Tensor
     local_crops: Tensor
     parameters: CropParameters
+    views: Mapping[View, Tensor] = field(default_factory=dict)
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The crops of images that stand one after the other."""
+        return self.pick(slice(start, stop))
+
+    def pick(self, images: slice | list[int]) -> "Batch":
+        """The crops of some of the images."""
+        num_images = len(self.indices)
+
+        def part(crops: Tensor) -> Tensor:
+            chosen: Tensor = crops.unflatten(0, (-1, num_images))[:, images]
+            return chosen.flatten(0, 1)
+
+        places = np.arange(len(self.parameters.box)).reshape(-1, num_images)[:, images]
+        return Batch(
+            step=self.step,
+            indices=self.indices[images],
+            global_crops=part(self.global_crops),
+            local_crops=part(self.local_crops),
+            parameters=self.parameters[places.ravel()],
+            views={view: part(crops) for view, crops in self.views.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +146,7 @@ class Augmentation:
 
     Attributes:
         global_crops: Recipes of one size.
-        local_crops: Recipes of one size.
+        local_crops: Recipes of one size; None where a method looks at global crops alone.
         horizontal_flip: Probability.
         brightness, contrast, saturation: A factor is drawn from 1 - value to 1 + value.
         hue: A shift is drawn from -value to value, in turns; at most 1/2.
@@ -123,10 +156,11 @@ class Augmentation:
         mean, std: Of each colour, for the normalisation.
         backgrounds: One of these colours is drawn for each image with transparency.
         cache_size: Longest side in pixels an image is reduced to before it is cropped, or None.
+        views: What else is made of the same cuts.
     """
 
     global_crops: tuple[CropRecipe, ...]
-    local_crops: tuple[CropRecipe, ...]
+    local_crops: tuple[CropRecipe, ...] | None
     horizontal_flip: float = 0.5
     brightness: float = 0.4
     contrast: float = 0.4
@@ -139,6 +173,7 @@ class Augmentation:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     backgrounds: tuple[tuple[int, int, int], ...] = ((255, 255, 255),)
     cache_size: int | None = None
+    views: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses what cannot be stacked into one batch.
@@ -147,7 +182,10 @@ class Augmentation:
             ConfigError: No crops, crops of several sizes, or no background.
         """
         for name in ("global_crops", "local_crops"):
-            sizes = sorted({recipe.size for recipe in getattr(self, name)})
+            recipes = getattr(self, name)
+            if name == "local_crops" and recipes is None:
+                continue
+            sizes = sorted({recipe.size for recipe in recipes})
             if len(sizes) != 1:
                 msg = f"{name}: crops need one common size, got {sizes}. Give all the same size."
                 raise ConfigError(msg)
@@ -158,19 +196,37 @@ class Augmentation:
     @property
     def crops(self) -> tuple[CropRecipe, ...]:
         """All recipes, the global ones first."""
-        return self.global_crops + self.local_crops
+        return self.global_crops + (self.local_crops or ())
+
+    def of_step(self, seed: int, step: int) -> "Augmentation":
+        """This very pipeline at every step; a mixture of resolutions would choose one."""
+        return self
 
     def apply(self, batch: Batch, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Flips, colours and normalises a batch.
 
         Returns:
-            float [2 * B, 3, H, W] global and [(C - 2) * B, 3, h, w] local crops on the device.
+            float [G * B, 3, H, W] global and [(C - G) * B, 3, h, w] local crops on the device.
         """
+        return self.apply_kind(batch, "global", device), self.apply_kind(batch, "local", device)
+
+    def apply_kind(self, batch: Batch, kind: str, device: torch.device | str) -> Tensor:
+        """Likewise the crops of one kind alone."""
         split = len(batch.global_crops)
-        return (
-            self._apply(batch.global_crops.to(device), batch.parameters[:split]),
-            self._apply(batch.local_crops.to(device), batch.parameters[split:]),
-        )
+        if kind == "global":
+            return self._apply(batch.global_crops.to(device), batch.parameters[:split])
+        return self._apply(batch.local_crops.to(device), batch.parameters[split:])
+
+    def apply_view(self, batch: Batch, view: View, device: torch.device | str) -> Tensor:
+        """Likewise one of the further views, float [N, 3, size, size]."""
+        split = len(batch.global_crops)
+        rows = slice(0, split) if view.kind == "global" else slice(split, None)
+        crops, drawn = batch.views[view].to(device), batch.parameters[rows]
+        if view.is_distorted:
+            return self._apply(crops, drawn)
+        planes = colour.to_planes(crops)
+        _on_rows(planes, drawn.flip, lambda chosen: chosen.flip(-1))
+        return colour.normalize(planes, self.mean, self.std)
 
     def _apply(self, crops: Tensor, drawn: CropParameters) -> Tensor:
         """uint8 [N, 3, H, W] to float of the same shape."""

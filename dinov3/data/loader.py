@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from multiprocessing import active_children
 from multiprocessing.connection import wait
@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,8 +31,6 @@ from torch.utils.data import DataLoader, Dataset
 from dinov3.data.augment import (
     Augmentation,
     Batch,
-    CropParameters,
-    CropRecipe,
     cut,
     draw_parameters,
 )
@@ -43,6 +42,17 @@ __all__ = ["Batch", "ImageSet", "TrainingLoader"]
 
 _CACHE_BYTES = 512 * 2**20  # of all workers together
 _PR_SET_PDEATHSIG = 1
+
+
+class Pipeline(Protocol):
+    """Says how the crops of a step are made; an `Augmentation` says the same at every step."""
+
+    @property
+    def cache_size(self) -> int | None:
+        """Longest side in pixels an image is reduced to before it is cropped, or None."""
+
+    def of_step(self, seed: int, step: int) -> Augmentation:
+        """The pipeline of one step."""
 
 
 class ImageSet(Protocol):
@@ -76,12 +86,13 @@ class TrainingLoader:
         self,
         images: ImageSet,
         *,
-        augmentation: Augmentation,
+        augmentation: Pipeline,
         batch_size: int,
         seed: int,
         start_step: int,
         num_steps: int,
         num_workers: int,
+        rows: range | None = None,
     ) -> None:
         """Starts nothing yet.
 
@@ -93,6 +104,7 @@ class TrainingLoader:
             start_step: First step.
             num_steps: How many steps.
             num_workers: Processes; with 0 the batches are built in this one.
+            rows: Places of the global batch that are wanted here, one after the other; all if None.
 
         Raises:
             DataError: There are no images.
@@ -102,9 +114,9 @@ class TrainingLoader:
             raise DataError(msg)
         share = _CACHE_BYTES // max(num_workers, 1)
         self._steps = range(start_step, start_step + num_steps)
-        self._batches = _Batches(
-            _Pictures(images, augmentation.cache_size, share), augmentation, batch_size, seed
-        )
+        pictures = _Pictures(images, augmentation.cache_size, share)
+        wanted = range(batch_size) if rows is None else rows
+        self._batches = _Batches(pictures, augmentation, batch_size, wanted, seed)
         self._num_workers = num_workers
 
     def __len__(self) -> int:
@@ -203,11 +215,17 @@ class _Batches(Dataset[Batch | DinoError]):
     """The batch of a step; an error is returned, since a loader would bury it in a traceback."""
 
     def __init__(
-        self, pictures: _Pictures, augmentation: Augmentation, batch_size: int, seed: int
+        self,
+        pictures: _Pictures,
+        augmentation: Pipeline,
+        batch_size: int,
+        rows: range,
+        seed: int,
     ) -> None:
         self.pictures = pictures
         self.augmentation = augmentation
         self.batch_size = batch_size
+        self.rows = rows
         self.seed = seed
 
     def __getitem__(self, step: int) -> Batch | DinoError:
@@ -217,32 +235,35 @@ class _Batches(Dataset[Batch | DinoError]):
             return error
 
     def _build(self, step: int) -> Batch:
-        recipe = self.augmentation
+        recipe = self.augmentation.of_step(self.seed, step)
         indices = batch_indices(self.seed, step, self.batch_size, len(self.pictures.images))
+        indices = indices[self.rows.start : self.rows.stop]
         pictures = [self.pictures[int(index)] for index in indices]
         sizes = np.array([picture.size for picture in pictures])
-        drawn = draw_parameters(recipe, seed=self.seed, step=step, sizes=sizes)
+        drawn = draw_parameters(
+            recipe, seed=self.seed, step=step, sizes=sizes, first_position=self.rows.start
+        )
         opaque = [
             composite(picture, recipe.backgrounds[number])
-            for picture, number in zip(pictures, drawn.background[: self.batch_size], strict=True)
+            for picture, number in zip(pictures, drawn.background[: len(pictures)], strict=True)
         ]
-        split = len(recipe.global_crops) * self.batch_size
+        split = len(recipe.global_crops) * len(pictures)
+        boxes = {"global": drawn.box[:split], "local": drawn.box[split:]}
+        local_crops = recipe.local_crops or recipe.global_crops  # without any, no row has the size
         return Batch(
             step=step,
             indices=indices,
-            global_crops=_cut_all(opaque, recipe.global_crops, drawn[:split]),
-            local_crops=_cut_all(opaque, recipe.local_crops, drawn[split:]),
+            global_crops=_cut_all(opaque, boxes["global"], recipe.global_crops[0].size),
+            local_crops=_cut_all(opaque, boxes["local"], local_crops[0].size),
             parameters=drawn,
+            views={view: _cut_all(opaque, boxes[view.kind], view.size) for view in recipe.views},
         )
 
 
-def _cut_all(
-    images: list[Image.Image], recipes: Sequence[CropRecipe], drawn: CropParameters
-) -> Tensor:
-    """uint8 [N, 3, H, W], crop-major."""
-    size = recipes[0].size
-    crops = np.empty((len(drawn.box), size, size, 3), dtype=np.uint8)
-    for row, box in enumerate(drawn.box):
+def _cut_all(images: list[Image.Image], boxes: NDArray[np.int64], size: int) -> Tensor:
+    """uint8 [N, 3, size, size], crop-major."""
+    crops = np.empty((len(boxes), size, size, 3), dtype=np.uint8)
+    for row, box in enumerate(boxes):
         crops[row] = cut(images[row % len(images)], box, size)
     return torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous()
 

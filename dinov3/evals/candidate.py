@@ -1,6 +1,7 @@
 """The model to be judged: opened from our own folder or from a file of released weights."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 
 from dinov3 import hub
 from dinov3.errors import CheckpointError, ConfigError
-from dinov3.evals.features import Backbone
+from dinov3.evals.features import Backbone, Preparation
+from dinov3.models.backbone import Backbone as Network
+from dinov3.models.convnext import ConvNeXt
 from dinov3.release.record import RECORD_NAME, file_sha256
 from dinov3.release.tensors import tensor_digest
 
@@ -30,7 +33,9 @@ class Candidate:
     Attributes:
         backbone: On the device of the evaluation, in evaluation mode.
         untrained: The same architecture with the initial weights of a seed.
-        patch_size: Pixels.
+        stride: Pixels of what it sees between neighbouring patches.
+        scale: How much larger it sees pictures than the recipe says: a student of stride 32 sees
+            a teacher of patch 8 at four times its size, so that their patches correspond.
         mean: Of the normalisation it was trained with.
         std: Likewise.
         weights: The file its weights come from.
@@ -38,7 +43,8 @@ class Candidate:
 
     backbone: Backbone
     untrained: Callable[[int], Backbone]
-    patch_size: int
+    stride: int
+    scale: float
     mean: Colour
     std: Colour
     weights: Path
@@ -54,14 +60,33 @@ class Candidate:
             "record": file_sha256(record) if record.is_file() else None,
         }
 
-    def require_divisible(self, crop: int) -> None:
-        """Refuses a crop whose border no patch would see.
+    @property
+    def cell(self) -> int:
+        """Side of a patch in the recipe's pixels; at least 1."""
+        return max(1, round(self.stride / self.scale))
+
+    def side(self, size: int) -> int:
+        """Side of what the model sees for `size` pixels of the recipe."""
+        return round(size * self.scale)
+
+    def view(self, prepare: Preparation) -> Preparation:
+        """The recipe's view of a picture at the size this model sees it."""
+        return prepare.enlarged(self.side(prepare.crop))
+
+    def require_divisible(self, size: int, field: str = "crop") -> None:
+        """Refuses a size whose border no patch would see.
+
+        Args:
+            size: Pixels of the recipe.
+            field: Its name.
 
         Raises:
-            ConfigError: The crop is not a multiple of the patch size.
+            ConfigError: The size is not a multiple of the patch size.
         """
-        if crop % self.patch_size:
-            msg = f"crop: not a multiple of the patch size {self.patch_size}, got {crop}. Round it."
+        whole = math.isclose(self.side(size), size * self.scale)
+        if not whole or self.side(size) % self.stride:
+            step = f"{self.stride / self.scale:g}"
+            msg = f"{field}: not a multiple of the patch size {step}, got {size}. Round it."
             raise ConfigError(msg)
 
 
@@ -91,12 +116,13 @@ def open_candidate(model: str | Path, weights: Path | None, device: torch.device
     if weights is None:
         msg = f"weights: a hub model needs a local file, got none for {name}. Give its path."
         raise CheckpointError(msg)
-    backbone = hub.load_backbone(weights, name, device=device)
+    backbone = _on_own_grid(hub.load_backbone(weights, name, device=device))
     satellite = _SATELLITE in weights.name.lower()
     return Candidate(
         backbone=backbone,
-        untrained=lambda seed: hub.random_init(name, seed, device=device),
-        patch_size=hub.ARCHITECTURES[name].patch_size,
+        untrained=lambda seed: _on_own_grid(hub.random_init(name, seed, device=device)),
+        stride=backbone.stride,
+        scale=1.0,
         mean=_SATELLITE_MEAN if satellite else hub.IMAGENET_MEAN,
         std=_SATELLITE_STD if satellite else hub.IMAGENET_STD,
         weights=weights,
@@ -104,25 +130,39 @@ def open_candidate(model: str | Path, weights: Path | None, device: torch.device
 
 
 def _from_folder(folder: Path, device: torch.device) -> Candidate:
-    backbone = hub.load(folder, role="teacher", device=device)
+    backbone = _on_own_grid(hub.load(folder, role="teacher", device=device))
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_bytes())
         mean, std = (_colour(config["crops"][name]) for name in ("mean", "std"))
-        patch_size = int(config["model"]["patch_size"])
+        scale = _scale(config.get("evaluation_scale", 1))
     except (ValueError, KeyError, TypeError) as error:
-        msg = (
-            f"{path}: crops.mean, crops.std or model.patch_size missing: {error}. Export it again."
-        )
+        msg = f"{path}: crops.mean, crops.std, evaluation_scale: {error}. Export it again."
         raise CheckpointError(msg) from error
     return Candidate(
         backbone=backbone,
-        untrained=lambda seed: hub.random_init(folder, seed, device=device),
-        patch_size=patch_size,
+        untrained=lambda seed: _on_own_grid(hub.random_init(folder, seed, device=device)),
+        stride=backbone.stride,
+        scale=scale,
         mean=mean,
         std=std,
         weights=folder / BACKBONE_NAME,
     )
+
+
+def _on_own_grid(network: Network) -> Network:
+    """A ConvNeXt resizes its maps to a `patch_size`; judged are the positions it was trained on."""
+    if isinstance(network, ConvNeXt):
+        network.patch_size = None
+    return network
+
+
+def _scale(value: object) -> float:
+    """Raises ValueError unless it is a finite positive number."""
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        msg = f"must be a positive number, got {value!r}"
+        raise ValueError(msg)
+    return float(value)
 
 
 def _colour(values: list[float]) -> Colour:

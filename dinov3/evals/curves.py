@@ -11,7 +11,16 @@ from typing import Any
 from dinov3.errors import DataError
 from dinov3.release.record import RecordError, parse_json
 
-LOSSES = ("loss", "dino_global", "dino_local", "ibot", "koleo")
+LOSSES = (
+    "loss",
+    "dino_global",
+    "dino_local",
+    "ibot",
+    "koleo",
+    "gram",
+    "contrastive",
+    "text_gram",
+)
 HEALTH_PREFIX = "health/"
 
 WIDTH, HEIGHT = 240, 110  # units of the drawing

@@ -9,6 +9,7 @@ normalised). Pictures stream; a batch at a time is in memory.
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def embed_source(
     _check_place(output)
     place = choose_device(device)
     candidate = open_candidate(model, weights, place)
-    candidate.require_divisible(size)
+    replace(candidate, scale=1.0).require_divisible(size, "size")  # it is what the model sees
     mean, std = candidate.mean, candidate.std
     prepare = Preparation("crop", round(size * 8 / 7), size, _WHITE, mean, std)
     unreadable: Counter[str] = Counter()

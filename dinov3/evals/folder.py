@@ -24,7 +24,7 @@ from dinov3.device import choose_device
 from dinov3.errors import DataError
 from dinov3.evals.candidate import CONFIG_NAME, Candidate, open_candidate
 from dinov3.evals.collection import JoinedPictures, Pictures, labelled_halves, require_no_overlap
-from dinov3.evals.report import build_report, gather_pieces, write_report
+from dinov3.evals.report import build_report, gather_pieces, name_backgrounds, write_report
 from dinov3.evals.study import run_study
 from dinov3.release.record import RECORD_NAME, digest_of, file_sha256
 from dinov3.stage import Stage, open_stage
@@ -101,6 +101,7 @@ def evaluate_folder(
         with open_stage(STAGE, output, config=dump(config)) as stage:
             stage.seeds = {"seed": config.seed}
             _name_inputs(stage, candidate, specs, digests)
+            name_backgrounds(stage, study.dense, config)
             pieces = gather_pieces(candidate, study, table, pictures, config, stage)
             write_report(stage, report, pieces)
     return report

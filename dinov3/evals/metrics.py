@@ -5,7 +5,7 @@ Every interval is the percentile bootstrap over samples at 95 %; every draw has 
 
 # N samples, Q queries, C classes, D width
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,43 @@ def paired_difference(first: Floats, second: Floats, num: int, seed: int) -> Int
         msg = f"paired difference: sizes differ, got {len(first)} and {len(second)}. Pair them."
         raise DataError(msg)
     return bootstrap_interval(np.asarray(first) - np.asarray(second), num, seed)
+
+
+def difference_from_copies(ours: Floats, copies: Sequence[Floats], num: int, seed: int) -> Interval:
+    """Mean of `ours - copy` over the same samples, where copies differ by their seed alone.
+
+    The interval also holds how far another copy could lie, see `copy_deviations`: over samples
+    alone one untrained network would count as better than others that are no different.
+
+    Args:
+        ours: [N].
+        copies: Each [N]; of one the result is `paired_difference`.
+        num: Draws.
+        seed: Of the draws.
+
+    Raises:
+        DataError: There is no sample, or the sizes do not pair.
+    """
+    if any(len(copy) != len(ours) for copy in copies):
+        sizes = [len(ours), *(len(copy) for copy in copies)]
+        msg = f"difference: sizes differ, got {sizes}. Pair them."
+        raise DataError(msg)
+    between = _checked(np.asarray(ours) - np.mean(copies, axis=0))
+    means = [between[draw].mean(axis=1) for draw in _draws(len(between), num, seed)]
+    noise = copy_deviations([float(np.mean(copy)) for copy in copies], num, seed)
+    return _interval(float(between.mean()), np.concatenate(means) + noise)
+
+
+def copy_deviations(figures: Sequence[float], num: int, seed: int) -> npt.NDArray[np.float64]:
+    """Drawn distances of one more copy's figure from the mean of the figures of these, [num].
+
+    Student's t as for the prediction of one more normal value; zeros where there is one copy.
+    """
+    size = len(figures)
+    if size < 2:
+        return np.zeros(num)
+    spread = float(np.std(figures, ddof=1)) * (1 + 1 / size) ** 0.5
+    return np.asarray(spread * np.random.default_rng([seed, size]).standard_t(size - 1, num))
 
 
 def mean_per_class(per_sample: Floats, labels: Integers, num: int, seed: int) -> Interval:

@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from dinov3.evals.baselines import MODEL, RANDOM_INIT, RAW_PIXELS, SUBJECTS
 from dinov3.evals.curves import HEIGHT, WIDTH, Curve
-from dinov3.evals.pictures import NeighbourRow, PatchPicture
+from dinov3.evals.dense import MIOU, PRECISION
+from dinov3.evals.pictures import NeighbourRow, PatchPicture, ScenePicture
 from dinov3.evals.protocols import KNN, MAP, RETRIEVAL, TOP_1
 from dinov3.evals.study import headline_k
 from dinov3.evals.template import PAGE, STYLE
@@ -17,6 +18,8 @@ from dinov3.release.record import Edge
 
 Row = Mapping[str, Any]
 
+_MAIN = (TOP_1, MAP, MIOU, PRECISION)
+_IN_FOREST = (TOP_1, MIOU)
 _FOREST_WIDTH, _FOREST_LEFT, _FOREST_RIGHT = 720, 130, 20  # units of the drawing
 _LINE, _GAP = 20, 30
 _TICK_STEPS = (0.02, 0.05, 0.1, 0.2)
@@ -31,6 +34,7 @@ class Pieces:
     patches: Sequence[PatchPicture]
     curves: Sequence[Curve]
     edges: Sequence[Edge]
+    scenes: ScenePicture | None = None
 
 
 def render_page(report: Mapping[str, Any], pieces: Pieces) -> bytes:
@@ -41,7 +45,7 @@ def render_page(report: Mapping[str, Any], pieces: Pieces) -> bytes:
         pieces: Pictures, curves and inputs.
     """
     measures = _measures(report)
-    main = [measure for measure in measures if measure["metric"] in (TOP_1, MAP)]
+    main = [measure for measure in measures if measure["metric"] in _MAIN]
     columns = 1 + max((len(row.neighbours) for row in pieces.neighbours), default=0)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     text = environment.from_string(PAGE).render(
@@ -57,6 +61,7 @@ def render_page(report: Mapping[str, Any], pieces: Pieces) -> bytes:
         has_labels=bool(report["per_class"]),
         neighbours=pieces.neighbours,
         patches=pieces.patches,
+        scenes=pieces.scenes,
         curves=pieces.curves,
         size=(WIDTH, HEIGHT),
         provenance=_provenance(report, pieces.edges),
@@ -113,7 +118,7 @@ def _compare(difference: Row) -> str:
 
 
 def _is_headline(measure: Row, report: Mapping[str, Any]) -> bool:
-    return measure["metric"] == TOP_1 and measure["k"] in (None, headline_k(report["rows"]))
+    return measure["metric"] in _IN_FOREST and measure["k"] in (None, headline_k(report["rows"]))
 
 
 def _forest(measures: Sequence[Row]) -> dict[str, Any] | None:

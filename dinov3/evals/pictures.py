@@ -17,15 +17,18 @@ from dinov3.data.decode import composite
 from dinov3.evals.baselines import MODEL
 from dinov3.evals.candidate import Candidate
 from dinov3.evals.collection import Places
+from dinov3.evals.dense import palette, scene_strips
 from dinov3.evals.features import extract
 from dinov3.evals.knn import nearest
-from dinov3.evals.study import Gallery, Study, preparation
+from dinov3.evals.study import Gallery, SceneStudy, Study, preparation
 
 _THUMBNAIL = 112  # pixels
 _SHOWN = 256  # pixels of the pictures beside their patch features
 _NUM_QUERIES = 8
 _NUM_NEIGHBOURS = 5
 _NUM_PATCH_PICTURES = 8
+_NUM_SCENES = 6
+_LOSSLESS = 720  # pixels of width above which a picture of many scenes is compressed
 _ENLARGED = 4  # times the evaluation's resolution
 _MAX_SIDE = 768  # pixels the enlarged picture may have
 _JPEG_QUALITY = 88
@@ -58,6 +61,15 @@ class PatchPicture:
     colours: str  # data URI, one pixel per patch
 
 
+@dataclass(frozen=True)
+class ScenePicture:
+    """Scenes below each other, a column for the mask and one for every subject."""
+
+    uri: str
+    columns: tuple[str, ...]
+    classes: tuple[tuple[str, str], ...]  # name, colour as CSS
+
+
 def neighbour_rows(
     study: Study,
     names: Sequence[str],
@@ -82,7 +94,7 @@ def neighbour_rows(
     num = min(_NUM_NEIGHBOURS, len(gallery) - (not labelled))
     if num < 1:
         return []
-    queries = _drawn(test, _NUM_QUERIES, config.seed)
+    queries = drawn(test, _NUM_QUERIES, config.seed)
     cls = study.features[MODEL].cls
     within = {int(place): row for row, place in enumerate(study.places)}
     sought = cls[[within[int(place)] for place in queries]]
@@ -122,10 +134,9 @@ def patch_pictures(
     The components are those of all shown pictures together, so colours compare across them.
     """
     rows = study.test if len(study.test) else study.places
-    places = _drawn(rows, _NUM_PATCH_PICTURES, config.seed + 1)
-    side = max(config.crop, min(_ENLARGED * config.crop, _MAX_SIDE))
-    side -= side % candidate.patch_size
-    prepare = preparation(candidate, config).enlarged(side)
+    places = drawn(rows, _NUM_PATCH_PICTURES, config.seed + 1)
+    times = max(1, min(_ENLARGED, _MAX_SIDE // config.crop))
+    prepare = preparation(candidate, config).enlarged(candidate.side(times * config.crop))
     found = extract(candidate.backbone, pictures.load(places), prepare, 1, device, patches=True)
     assert found.patches is not None
     shown = prepare.enlarged(_SHOWN)
@@ -140,6 +151,18 @@ def patch_pictures(
     ]
 
 
+def scene_picture(dense: SceneStudy) -> ScenePicture:
+    """The first test scenes, their masks and what every subject made of them."""
+    strips = scene_strips(dense.found, dense.scenes, _NUM_SCENES)
+    classes = dense.scenes.test.classes
+    colours = palette(len(classes))[1 : len(classes) + 1].tolist()
+    names = tuple(
+        (name, f"rgb{tuple(colour)}") for name, colour in zip(classes, colours, strict=True)
+    )
+    uri = data_uri(Image.fromarray(strips), lossless=strips.shape[1] <= _LOSSLESS)
+    return ScenePicture(uri, ("scene", "mask", *dense.found), names)
+
+
 def pca_colours(patches: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """First three principal components over all patches as RGB.
 
@@ -150,18 +173,35 @@ def pca_colours(patches: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         [B, G, G, 3].
     """
     num, count, width = patches.shape
-    centred = patches.reshape(-1, width).astype(np.float64)
+    grid = round(count**0.5)
+    colours = as_colours(principal_scores(patches.reshape(-1, width)))
+    return colours.reshape(num, grid, grid, 3)
+
+
+def principal_scores(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """The first three principal components, each of deviation 1 and of a fixed sign.
+
+    Args:
+        features: [M, D].
+
+    Returns:
+        [M, 3]; zeros where D is smaller.
+    """
+    centred = features.astype(np.float64)
     centred -= centred.mean(axis=0)
     _, vectors = np.linalg.eigh(centred.T @ centred)  # [D, D], ascending eigenvalues
     directions = vectors[:, ::-1][:, :3]  # [D, 3]
     largest = np.abs(directions).argmax(axis=0)
     directions = directions * np.sign(directions[largest, np.arange(directions.shape[1])])
-    scores = centred @ directions  # [B*P, 3]
-    scores = scores / np.maximum(scores.std(axis=0), 1e-12)
-    colours = np.zeros((len(scores), 3))
-    colours[:, : scores.shape[1]] = 1 / (1 + np.exp(-2 * scores))
-    grid = round(count**0.5)
-    return (colours * 255).round().astype(np.uint8).reshape(num, grid, grid, 3)
+    scores = centred @ directions  # [M, 3]
+    found = np.zeros((len(scores), 3))
+    found[:, : scores.shape[1]] = scores / np.maximum(scores.std(axis=0), 1e-12)
+    return found
+
+
+def as_colours(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    """Principal scores as red, green and blue."""
+    return np.asarray((255 / (1 + np.exp(-2 * scores))).round(), dtype=np.uint8)
 
 
 def data_uri(image: Image.Image, *, lossless: bool = False) -> str:
@@ -182,7 +222,7 @@ def _thumbnails(pictures: Gallery, places: Sequence[int], config: EvalsConfig) -
         )
 
 
-def _drawn(places: Places, num: int, seed: int) -> Places:
+def drawn(places: Places, num: int, seed: int) -> Places:
     """Some rows, drawn without replacement, in ascending order."""
     generator = np.random.default_rng(seed)
     return np.sort(generator.permutation(places)[:num])

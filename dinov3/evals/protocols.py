@@ -1,12 +1,12 @@
 """All protocols over all subjects: from features to rows with intervals, baselines included.
 
-A measure is (protocol, metric, k); each of its subjects gives one value per test picture. The
-random initialisations are averaged per picture, so that they pair with the model's values.
+A measure is (protocol, metric, k); each of its subjects gives one value per test picture. Figures
+of the random initialisations are averaged; differences from them vary with which one it is.
 """
 
 # N pictures, Q test pictures, C classes
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,8 @@ from dinov3.evals.metrics import (
     Integers,
     Interval,
     bootstrap_interval,
+    difference_from_copies,
     mean_per_class,
-    paired_difference,
     top_hits,
 )
 from dinov3.evals.retrieval import retrieval_ranks
@@ -144,14 +144,18 @@ def rows_of(results: Results, config: EvalsConfig) -> list[dict[str, Any]]:
     ]
 
 
-def differences_of(results: Results, config: EvalsConfig) -> list[dict[str, Any]]:
-    """The model minus its untrained copies, and minus raw pixels, picture by picture."""
+def differences_of(
+    results: Results, config: EvalsConfig, others: Sequence[str] = (RANDOM_INIT, RAW_PIXELS)
+) -> list[dict[str, Any]]:
+    """The model minus its untrained copies, minus raw pixels or others, picture by picture."""
     rows = []
     for measure, subjects in results.values.items():
-        for other in (RANDOM_INIT, RAW_PIXELS):
+        for other in others:
             if MODEL in subjects and other in subjects:
-                ours, theirs = (np.mean(subjects[name], axis=0) for name in (MODEL, other))
-                interval = paired_difference(ours, theirs, config.num_bootstrap, config.seed)
+                ours = np.mean(subjects[MODEL], axis=0)
+                interval = difference_from_copies(
+                    ours, subjects[other], config.num_bootstrap, config.seed
+                )
                 names = {"subject": MODEL, "against": other}
                 rows.append(_row(measure, interval, len(ours)) | names)
     return rows

@@ -17,12 +17,20 @@ from dinov3.device import choose_device
 from dinov3.errors import DataError
 from dinov3.evals.baselines import MODEL, SUBJECTS
 from dinov3.evals.candidate import BACKBONE_NAME, CONFIG_NAME, Candidate, open_candidate
-from dinov3.evals.collection import COLUMNS, Pictures, labelled_halves, require_no_overlap
+from dinov3.evals.collection import (
+    COLUMNS,
+    Halves,
+    Pictures,
+    labelled_halves,
+    require_no_overlap,
+)
 from dinov3.evals.curves import read_curves
+from dinov3.evals.dense import dense_per_class
 from dinov3.evals.page import Pieces, render_page
-from dinov3.evals.pictures import neighbour_rows, patch_pictures
+from dinov3.evals.phase_findings import PHASES_SCHEMA, phases_table
+from dinov3.evals.pictures import neighbour_rows, patch_pictures, scene_picture
 from dinov3.evals.protocols import KNN, TOP_1
-from dinov3.evals.study import Gallery, Study, headline_k, run_study
+from dinov3.evals.study import Gallery, SceneStudy, Study, headline_k, run_study
 from dinov3.release.record import canonical_json, file_sha256
 from dinov3.stage import EVENTS_NAME, Stage, atomic_write, code_digest, open_stage
 
@@ -63,19 +71,39 @@ def make_report(
         stage.seeds = {"seed": config.seed}
         stage.read("backbone", model / BACKBONE_NAME)
         stage.read("model config", model / CONFIG_NAME)
-        table = read_table(stage.read("manifest", manifest))
-        kept = _kept_rows(_read_curated(stage.read("dataset", dataset)), table, dataset)
-        halves = labelled_halves(
-            table, exclude_labels=config.exclude_labels, min_per_class=config.min_per_class
-        )
-        require_no_overlap(table, halves, kept)
+        table, halves = read_collection(stage, manifest, dataset, config)
         candidate = open_candidate(model, None, device)
         pictures = Pictures(source, table)
         study = run_study(candidate, table, pictures, halves, config, device)
+        name_backgrounds(stage, study.dense, config)
         identity = {"sha256": file_sha256(manifest), "contamination": "none"}
         report = build_report(stage_name, candidate, study, config, identity)
         pieces = gather_pieces(candidate, study, table, pictures, config, stage)
         write_report(stage, report, pieces)
+
+
+def read_collection(
+    stage: Stage, manifest: Path, dataset: Path, config: EvalsConfig
+) -> tuple[pl.DataFrame, Halves]:
+    """The image table and its labelled halves, proven free of what was trained on.
+
+    Args:
+        stage: Which reads them.
+        manifest: Table of all images, with labels and split.
+        dataset: Table of the images the model was trained on.
+        config: The recipe.
+
+    Raises:
+        DataError: Inputs are missing, or a held-out image is in the training data.
+        LineageBroken: Bytes differ from a record.
+    """
+    table = read_table(stage.read("manifest", manifest))
+    kept = _kept_rows(_read_curated(stage.read("dataset", dataset)), table, dataset)
+    halves = labelled_halves(
+        table, exclude_labels=config.exclude_labels, min_per_class=config.min_per_class
+    )
+    require_no_overlap(table, halves, kept)
+    return table, halves
 
 
 def build_report(
@@ -112,11 +140,24 @@ def build_report(
         "differences": study.differences,
         "features": study.health,
         "per_class": study.per_class,
+        "scenes": _scenes(study.dense),
         "choices": study.choices,
         "missing": study.missing,
     }
-    rounded: dict[str, Any] = _rounded(report)
-    return rounded
+    content: dict[str, Any] = rounded(report)
+    return content
+
+
+def _scenes(dense: SceneStudy | None) -> dict[str, Any] | None:
+    """What was segmented, and class by class how well."""
+    if dense is None:
+        return None
+    return {
+        "num_train": len(dense.scenes.train),
+        "num_test": len(dense.scenes.test),
+        "photographs": dense.scenes.photographs,
+        "per_class": dense_per_class(dense.found, dense.scenes),
+    }
 
 
 def gather_pieces(
@@ -133,9 +174,17 @@ def gather_pieces(
     return Pieces(
         neighbours=neighbour_rows(study, names, labels, pictures, config),
         patches=patch_pictures(candidate, study, names, labels, pictures, config, device),
+        scenes=scene_picture(study.dense) if study.dense else None,
         curves=read_curves(candidate.weights.parent / EVENTS_NAME),
         edges=stage.edges,
     )
+
+
+def name_backgrounds(stage: Stage, dense: SceneStudy | None, config: EvalsConfig) -> None:
+    """Adds the edge to the photographs behind the scenes."""
+    if dense is not None:
+        kind = (config.composites.backgrounds or "scikit-image").partition(":")[0]
+        stage.read_root("backgrounds", kind, dense.scenes.photographs, set())
 
 
 def write_report(stage: Stage, report: Mapping[str, Any], pieces: Pieces) -> None:
@@ -210,7 +259,7 @@ def knn_summary(report: Mapping[str, Any]) -> str:
 
 
 def summarise_file(path: Path) -> str:
-    """The `knn_summary` of a report.json.
+    """The `knn_summary` of a report.json, or the `phases_table` of one that compares models.
 
     Raises:
         DataError: There is no such file, or it is no report.
@@ -220,6 +269,8 @@ def summarise_file(path: Path) -> str:
         raise DataError(msg)
     try:
         report = json.loads(path.read_bytes())
+        if report["schema"] == PHASES_SCHEMA:
+            return phases_table(report)
         if report["schema"] != SCHEMA:
             msg = f"{path}: not a report, got schema {report['schema']!r}. Give a report.json."
             raise DataError(msg)
@@ -255,11 +306,12 @@ def _kept_rows(curated: pl.DataFrame, table: pl.DataFrame, path: Path) -> pl.Dat
     return joined
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """A tree of figures as reports write them."""
     if isinstance(value, float):
         return round(value, _DIGITS)
     if isinstance(value, dict):
-        return {key: _rounded(below) for key, below in value.items()}
+        return {key: rounded(below) for key, below in value.items()}
     if isinstance(value, list):
-        return [_rounded(below) for below in value]
+        return [rounded(below) for below in value]
     return value

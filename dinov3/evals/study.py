@@ -1,12 +1,13 @@
 """One evaluation from pictures to findings: features once, every protocol, what cannot be judged.
 
 pictures ──► model, random inits, raw pixels ──► k-NN, probes ──► rows, differences
-test pictures ──► two views each ──► the same ──► instance retrieval ┘
+test pictures ──► two views each ──► the same ──► instance retrieval ┤
+scenes of cut-out pictures ──► the same ──► segmentation of patches ─┘
 """
 
 # N pictures of the table, Q test pictures
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,9 +19,21 @@ from rich.console import Console
 from rich.progress import track
 
 from dinov3.config import EvalsConfig
-from dinov3.evals.baselines import MODEL, SUBJECTS, baseline_models
+from dinov3.evals.baselines import MODEL, RAW_PIXELS, SUBJECTS, baseline_models
 from dinov3.evals.candidate import Candidate
 from dinov3.evals.collection import Halves, Places
+from dinov3.evals.dense import (
+    DENSE_PROTOCOLS,
+    NEEDS_SHAPES,
+    SEGMENTATION,
+    Dense,
+    Pool,
+    ScenePair,
+    dense_differences,
+    dense_rows,
+    judge_subjects,
+    scene_pair,
+)
 from dinov3.evals.features import Backbone, Features, Preparation, extract_all
 from dinov3.evals.metrics import mean_cosine, participation_ratio, rankme
 from dinov3.evals.protocols import (
@@ -36,6 +49,7 @@ from dinov3.evals.protocols import (
     rows_of,
 )
 from dinov3.evals.retrieval import random_view
+from dinov3.evals.segmentation import RawPatches
 
 NEEDS_LABELS = "needs labels (sub-folders): two classes or more, of {} pictures or more each"
 NEEDS_HELD_OUT = "needs at least two held-out pictures"
@@ -50,6 +64,14 @@ class Gallery(Protocol):
 
 
 @dataclass(frozen=True)
+class SceneStudy:
+    """What the probes of patches found on composed scenes."""
+
+    scenes: ScenePair
+    found: Mapping[str, Sequence[Dense]]  # subject -> one per seed
+
+
+@dataclass(frozen=True)
 class Study:
     """What an evaluation found."""
 
@@ -57,6 +79,8 @@ class Study:
     test: Places  # every held-out row, labelled or not
     features: Mapping[str, Features]  # of the rows in `places`, by subject and seed
     places: Places  # the rows that have features, ascending
+    results: Results  # picture by picture
+    dense: SceneStudy | None
     rows: list[dict[str, Any]]
     differences: list[dict[str, Any]]
     health: dict[str, float]
@@ -72,6 +96,9 @@ def run_study(
     halves: Halves,
     config: EvalsConfig,
     device: torch.device,
+    *,
+    baselines: Mapping[str, Backbone] | None = None,
+    scenes: ScenePair | None = None,
 ) -> Study:
     """Runs every protocol the pictures allow.
 
@@ -82,15 +109,18 @@ def run_study(
         halves: Its labelled part.
         config: The recipe.
         device: Where the model is.
+        baselines: What to judge beside it; None: all of `baseline_models`.
+        scenes: Made before by `find_scenes` of the same pictures; None makes them.
 
     Raises:
-        DataError: There is no picture at all.
-        ConfigError: The crop does not fit the model.
+        DataError: There is no picture at all, or no background.
+        ConfigError: The crop or the scenes do not fit the model.
     """
     candidate.require_divisible(config.crop)
     test = np.flatnonzero((table["split"] == "test").to_numpy())
-    models = {MODEL: candidate.backbone}
-    models |= baseline_models(candidate.untrained, config.num_random_inits)
+    if baselines is None:
+        baselines = baseline_models(candidate.untrained, config.num_random_inits)
+    models = {MODEL: candidate.backbone, **baselines}
     places = _places_needed(table, halves, test)
     prepare = preparation(candidate, config)
     images = _watched(pictures.load(places), len(places), "features")
@@ -105,30 +135,99 @@ def run_study(
         _retrieve(models, pictures, test, prepare, config, device, results)
     else:
         missing.append({"protocol": RETRIEVAL, "reason": NEEDS_HELD_OUT})
+    scenes = scenes or find_scenes(pictures, halves, config)
+    dense = judge_scenes(candidate, models, scenes, config, device) if scenes else None
+    if dense is None:
+        reason = NEEDS_SHAPES if halves.usable else NEEDS_LABELS.format(config.min_per_class)
+        missing += [{"protocol": name, "reason": reason} for name in DENSE_PROTOCOLS]
     judged = test if len(test) > 1 else places
     return Study(
         halves=halves,
         test=test,
         features=features,
         places=places,
-        rows=rows_of(results, config),
-        differences=differences_of(results, config),
+        results=results,
+        dense=dense,
+        rows=rows_of(results, config) + _dense_rows(dense, config),
+        differences=differences_of(results, config) + _dense_differences(dense, config),
         health=_health(features[MODEL].cls[np.searchsorted(places, judged)]),
         per_class=_per_class(results, halves),
-        choices=results.choices,
+        choices=results.choices + _dense_choices(dense),
         missing=missing,
     )
 
 
+def find_scenes(pictures: Gallery, halves: Halves, config: EvalsConfig) -> ScenePair | None:
+    """Scenes of both halves; None without labels, or without pictures of a shape.
+
+    Raises:
+        DataError: There is no background.
+    """
+    if not halves.usable:
+        return None
+    return scene_pair(
+        pictures.load,
+        halves.classes,
+        Pool(halves.train, halves.train_labels),
+        Pool(halves.test, halves.test_labels),
+        config.composites,
+        config.seed,
+    )
+
+
+def judge_scenes(
+    candidate: Candidate,
+    models: Mapping[str, Backbone],
+    scenes: ScenePair,
+    config: EvalsConfig,
+    device: torch.device,
+) -> SceneStudy:
+    """Segmentation of the same scenes by the patches of every subject.
+
+    Args:
+        candidate: The model, which says how scenes are seen.
+        models: By name, see `run_study`.
+        scenes: Of both halves.
+        config: The recipe.
+        device: Where the models are.
+
+    Raises:
+        ConfigError: The scenes do not fit the model.
+    """
+    size = config.composites.size
+    candidate.require_divisible(size, "composites.size")
+    if RAW_PIXELS in models:
+        models = {**models, RAW_PIXELS: RawPatches(candidate.cell, candidate.scale)}
+    found = judge_subjects(
+        models,
+        scenes,
+        scene_view(candidate, config),
+        config.segmentation,
+        batch_size=config.run.batch_size,
+        device=device,
+        seed=config.seed,
+    )
+    return SceneStudy(scenes, found)
+
+
+def scene_view(candidate: Candidate, config: EvalsConfig) -> Preparation:
+    """How a scene is shown to the model: whole."""
+    size = config.composites.size
+    mean, std = candidate.mean, candidate.std
+    return candidate.view(Preparation("crop", size, size, config.background, mean, std))
+
+
 def preparation(candidate: Candidate, config: EvalsConfig) -> Preparation:
     """How the recipe shows pictures to the model."""
-    return Preparation(
-        fit=config.fit,
-        resize=config.resize,
-        crop=config.crop,
-        background=config.background,
-        mean=candidate.mean,
-        std=candidate.std,
+    return candidate.view(
+        Preparation(
+            fit=config.fit,
+            resize=config.resize,
+            crop=config.crop,
+            background=config.background,
+            mean=candidate.mean,
+            std=candidate.std,
+        )
     )
 
 
@@ -171,6 +270,34 @@ def _retrieve(
         {name: both[odd] for name, both in features.items()},
         results,
     )
+
+
+def _dense_rows(dense: SceneStudy | None, config: EvalsConfig) -> list[dict[str, Any]]:
+    if dense is None:
+        return []
+    return dense_rows(dense.found, dense.scenes, config.num_bootstrap, config.seed)
+
+
+def _dense_differences(dense: SceneStudy | None, config: EvalsConfig) -> list[dict[str, Any]]:
+    if dense is None:
+        return []
+    return dense_differences(dense.found, config.num_bootstrap, config.seed)
+
+
+def _dense_choices(dense: SceneStudy | None) -> list[dict[str, Any]]:
+    """What the probes of classes chose, by subject and seed."""
+    found = dense.found if dense is not None else {}
+    return [
+        {
+            "protocol": SEGMENTATION,
+            "subject": subject,
+            "val_miou": one.classes.val_miou,
+            "c": one.classes.chosen_c,
+            "converged": one.classes.converged,
+        }
+        for subject, every in found.items()
+        for one in every
+    ]
 
 
 def _health(cls: np.ndarray) -> dict[str, float]:

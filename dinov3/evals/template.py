@@ -67,6 +67,12 @@ svg { width: 100%; height: auto; display: block; }
   overflow: hidden; }
 .pair img { width: 100%; aspect-ratio: 1; display: block; background: #fff; }
 .pair img.patches { image-rendering: pixelated; }
+.strips { display: grid; grid-template-columns: repeat(var(--columns), 1fr); font-size: .8rem;
+  color: var(--soft); }
+.strips img { grid-column: 1 / -1; width: 100%; image-rendering: pixelated; border-radius: 8px; }
+.legend { font-size: .85rem; max-width: none; }
+.swatch { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .7em;
+  border-radius: 2px; }
 code { font: .82rem/1.5 ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", monospace;
   overflow-wrap: anywhere; }
 details { margin-top: .8rem; } summary { cursor: pointer; color: var(--soft); }
@@ -149,7 +155,7 @@ Contamination: {{ report.dataset.contamination }}. All intervals are bootstrap 9
 <h2>All protocols</h2>
 {%- if forest %}
 <svg viewBox="0 0 {{ forest.width }} {{ forest.height }}" role="img"
- aria-label="Top-1 with intervals">
+ aria-label="Figures with intervals">
 {%- for tick in forest.ticks %}
 <line class="grid-line" x1="{{ tick.x }}" x2="{{ tick.x }}" y1="8" y2="{{ forest.height - 22 }}"/>
 <text class="axis" x="{{ tick.x }}" y="{{ forest.height - 6 }}"
@@ -168,12 +174,17 @@ Contamination: {{ report.dataset.contamination }}. All intervals are bootstrap 9
 {%- endif %}
 {{ figures(main) }}
 <p class="soft">Green: the interval of the difference lies above 0; red: below; grey: it contains 0.
-The random initialisation is the mean of {{ num_inits }} seeds. The majority class is the constant
+The random initialisation is the mean of {{ num_inits }} seeds; the interval of the difference
+includes how far one more such seed could lie. The majority class is the constant
 guess; in retrieval it is one fixed order of the pictures. In “leave one out” every labelled
 picture is judged by all others, and the pictures of the training half were seen,
-unlabelled, in training.</p>
+unlabelled, in training.
+{%- if report.scenes %} Segmentation: a linear layer on patches, of the classes or of any object
+against the background, trained on {{ report.scenes.num_train }} scenes of training pictures and
+judged on {{ report.scenes.num_test }} of held-out ones; there raw pixels are those of a patch.
+{%- endif %}</p>
 {%- if more %}
-<details><summary>Top-5 and mean per class</summary>{{ figures(more) }}</details>
+<details><summary>Top-5, mean per class, pixel accuracy</summary>{{ figures(more) }}</details>
 {%- endif %}
 </section>
 {%- endif %}
@@ -227,6 +238,31 @@ cosine of the CLS feature.
 </div>
 {%- endfor %}
 </div>
+</section>
+{%- endif %}
+
+{% if scenes -%}
+<section id="scenes">
+<h2>Segmentation of scenes</h2>
+<p class="soft">The first scenes, not selected: cut-out held-out pictures on photographs. Black:
+background; white in the mask: ignored; grey: only the probe of any object sees something.</p>
+<div class="strips" style="--columns: {{ scenes.columns | length }}">
+{%- for name in scenes.columns %}<span>{{ name }}</span>{% endfor %}
+<img src="{{ scenes.uri }}" alt="scenes, their masks and predictions"></div>
+<p class="legend">{% for name, colour in scenes.classes %}<span class="swatch"
+ style="background: {{ colour }}"></span>{{ name }} {% endfor %}</p>
+<details><summary>Intersection over union, class by class</summary><div class="scroll"><table>
+<thead><tr><th>class</th>
+{%- for subject in subjects %}<th>{{ subject }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for row in report.scenes.per_class %}
+<tr><th>{{ row.label }}</th>
+{%- for subject in subjects %}
+<td class="{{ 'model' if subject == 'model' }}">
+{%- if subject in row %}{{ '%.3f' | format(row[subject]) }}{% else %}&ndash;{% endif %}</td>
+{%- endfor %}</tr>
+{%- endfor %}
+</tbody></table></div></details>
 </section>
 {%- endif %}
 

@@ -57,7 +57,7 @@ class KeyMaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project to 3 * D features."""
-        return F.linear(x, self.weight, self.bias * self.bias_mask)
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
 class SelfAttention(nn.Module):

@@ -2,6 +2,8 @@
 
 A dropped residual is not computed and then multiplied by zero: each group keeps a random subset of
 its images, computes the residual for those alone and adds it back, scaled to the same expectation.
+Which images are kept is drawn outside the block, so that it is a pure function of its inputs and
+may be computed twice (activation checkpointing).
 """
 
 # T tokens of all groups, B images and N tokens of one group, D width
@@ -27,6 +29,10 @@ class KeptImages(NamedTuple):
     scale: Tensor  # [T', 1] images / kept images of the group
 
 
+KeptPair = tuple[KeptImages, KeptImages]
+"""Of the attention branch and of the feed-forward branch."""
+
+
 class Block(nn.Module):
     """x += ls1(attn(norm1(x))), then x += ls2(mlp(norm2(x))), over packed tokens."""
 
@@ -46,12 +52,28 @@ class Block(nn.Module):
         self.norm2, self.mlp, self.ls2 = norm2, mlp, ls2
         self.drop_path = drop_path
 
+    def draw_kept(
+        self, shapes: Shapes, device: torch.device, generator: torch.Generator | None
+    ) -> KeptPair | None:
+        """Draw the images kept by either branch in this pass; None where nothing is dropped.
+
+        Args:
+            shapes: Of each group of the packed tokens.
+            device: Of the tokens.
+            generator: Source of the draws; the default generator if None.
+        """
+        if not (self.training and self.drop_path > 0):
+            return None
+        rate = self.drop_path
+        attended = draw_kept_images(shapes, rate, device, generator)
+        return attended, draw_kept_images(shapes, rate, device, generator)
+
     def forward(
         self,
         tokens: Tensor,
         shapes: Shapes,
         rotations: Sequence[Rotation],
-        generator: torch.Generator | None = None,
+        kept: KeptPair | None = None,
     ) -> Tensor:
         """Transform packed tokens [T, D].
 
@@ -59,7 +81,7 @@ class Block(nn.Module):
             tokens: All groups, one after the other.
             shapes: Of each group.
             rotations: Rotary tables of each group.
-            generator: Source of stochastic depth; the default generator if None.
+            kept: What `draw_kept` gave for this pass; None keeps every image.
         """
 
         def attend(part: Tensor, part_shapes: Shapes) -> Tensor:
@@ -70,13 +92,11 @@ class Block(nn.Module):
             transformed: Tensor = self.mlp(self.norm2(part))
             return transformed
 
-        if not (self.training and self.drop_path > 0):
+        if kept is None:
             tokens = add_scaled(tokens, attend(tokens, shapes), self.ls1)
             return add_scaled(tokens, transform(tokens, shapes), self.ls2)
-        for residual, scale in ((attend, self.ls1), (transform, self.ls2)):
-            kept = draw_kept_images(shapes, self.drop_path, tokens.device, generator)
-            tokens = add_for_kept(tokens, kept, residual, scale)
-        return tokens
+        tokens = add_for_kept(tokens, kept[0], attend, self.ls1)
+        return add_for_kept(tokens, kept[1], transform, self.ls2)
 
 
 def add_scaled(tokens: Tensor, residual: Tensor, scale: nn.Module) -> Tensor:

@@ -10,10 +10,10 @@ holds the global crops and entry 1 the local crops; an accelerator runs them pac
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypedDict, overload
+from typing import Any, Self, TypedDict, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from dinov3.errors import ConfigError, DataError
 from dinov3.layers.attention import SelfAttention, Shapes, pack, unpack
@@ -140,7 +140,7 @@ class Features(TypedDict):
 class VisionTransformer(nn.Module):
     """A vision transformer; build it from a `ViTConfig`, on the meta device too.
 
-    The attributes embed_dim, depth, num_heads, patch_size and num_registers mirror the config.
+    embed_dim, depth, num_heads, patch_size (= stride) and num_registers mirror the config.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.embed_dim, self.depth = config.embed_dim, config.depth
         self.num_heads, self.patch_size = config.num_heads, config.patch_size
-        self.num_registers = config.num_registers
-        self._generator: torch.Generator | None = None
+        self.num_registers, self.stride = config.num_registers, config.patch_size
+        self.set_generator(None)
         width = config.embed_dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.cls_token = nn.Parameter(torch.empty(1, 1, width, **factory))
@@ -198,12 +198,13 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.mask_token)
         reset_layers(self)
 
-    def set_generator(self, generator: torch.Generator | None) -> None:
-        """Choose where training draws RoPE augmentation and stochastic depth from.
+    def set_generator(self, generator: Generator | None, depth: Generator | None = None) -> None:
+        """Choose where training draws RoPE augmentation from, and stochastic depth if no `depth`.
 
-        A generator on the CPU serves every device; None stands for the default one.
+        Ranks and micro-batches share `generator`; each has a `depth` of its own, so that they do
+        not drop the same positions. One on the CPU serves every device; None is the default one.
         """
-        self._generator = generator
+        self._generator, self._depth_generator = generator, depth or generator
 
     def forward(
         self, x: Any, masks: Any = None, *, is_training: bool = False
@@ -334,11 +335,11 @@ class VisionTransformer(nn.Module):
         self, packed: Tensor, shapes: Shapes, grids: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield the index and the packed output [T, D] of each block."""
-        rotations = self._rotations(grids)
-        for index, block in enumerate(self.blocks):
-            if index and self.rope_embed.is_random:
-                rotations = self._rotations(grids)  # every block draws its own
-            packed = block(packed, shapes, rotations, self._generator)
+        for index, block in enumerate(cast(Iterator[Block], self.blocks)):
+            if index == 0 or self.rope_embed.is_random:
+                rotations = self._rotations(grids)  # random ones are drawn for every block
+            kept = block.draw_kept(shapes, packed.device, self._depth_generator)
+            packed = block(packed, shapes, rotations, kept)
             yield index, packed
 
     def _rotations(self, grids: Sequence[tuple[int, int]]) -> list[Rotation]:

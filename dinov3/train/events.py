@@ -7,6 +7,7 @@ step stands in it once, however often the run was interrupted.
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -74,3 +75,52 @@ class EventLog:
         """Closes both files, whatever happened."""
         self.board.close()
         self._stream.close()
+
+
+class EventLogs:
+    """The logs of all learners of a run: in the run's folder, or in one folder per student.
+
+    A rank that does not lead a learner's group asks for its log too, and gets one that forgets.
+    """
+
+    def __init__(
+        self, folder: Path, names: Sequence[str], *, sizes: Mapping[str, int], step: int
+    ) -> None:
+        self._logs: dict[str, EventLog] = {}
+        self._silent = _SilentLog()
+        for name in names:
+            place = folder / name if name else folder
+            place.mkdir(parents=True, exist_ok=True)
+            self._logs[name] = EventLog(place, size=sizes.get(name, 0), step=step)
+
+    def of(self, name: str) -> "EventLog | _SilentLog":
+        """The log of a learner."""
+        return self._logs.get(name, self._silent)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes written so far, by learner."""
+        return {name: log.size for name, log in self._logs.items()}
+
+    def __enter__(self) -> Self:
+        """The logs themselves."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes all files, whatever happened."""
+        for log in self._logs.values():
+            log.__exit__(kind, error, trace)
+
+
+class _SilentLog:
+    """Takes what another rank writes."""
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        """Forgets it."""
+
+    def picture(self, name: str, image: Tensor, step: int) -> None:
+        """Forgets it."""

@@ -7,14 +7,15 @@ participation ratio or RankMe), or share one prototype (low usage entropy).
 # N images, P patches, D width, K prototypes
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import ConfigError, DataError
-from dinov3.models.vit import VisionTransformer
+from dinov3.losses.gram import gram_loss
 
 _CHUNK = 64  # probe images in one forward pass
 _TINY = torch.finfo(torch.float64).tiny  # 0 / tiny is 0 for features that are all equal
@@ -97,7 +98,7 @@ def is_finite(loss: Tensor) -> bool:
 
 @torch.no_grad()
 def measure(
-    backbone: VisionTransformer, head: nn.Module, images: Tensor, *, temperature: float = 0.1
+    backbone: Any, head: nn.Module, images: Tensor, *, temperature: float = 0.1
 ) -> dict[str, float]:
     """All signs at once, of a backbone and its DINO head, as they are set (eval or train).
 
@@ -128,6 +129,22 @@ def measure(
         "patch_patch_cosine": of_patches,
         "prototype_entropy": prototype_entropy(torch.cat(probs_parts)).item(),
     }
+
+
+@torch.no_grad()
+def gram_distance(backbone: Any, anchor: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """Mean squared difference of a backbone's patch cosines and the Gram teacher's.
+
+    Args:
+        backbone: The EMA's.
+        anchor: The Gram teacher's patches [n, P, D] of images, on the backbone's grid.
+        images: Probe images [N, 3, H, W], normalised.
+    """
+    total = 0.0
+    for chunk in images.split(_CHUNK):
+        ours = backbone.forward_features(chunk)["x_norm_patchtokens"]
+        total += gram_loss(ours, anchor(chunk)).item() * len(chunk)
+    return total / len(images)
 
 
 _LIMITS = ("min_participation_ratio", "max_mean_cosine", "min_prototype_entropy")

@@ -4,9 +4,15 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from dinov3.distributed import world_size
+
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag while open; a second signal acts at once."""
+    """Turns SIGINT and SIGTERM into a flag while open; a second signal acts at once.
+
+    Not so in one of several ranks: whoever stops the job signals each rank, and torchrun does so
+    again as soon as the first has ended. There the flag is all that happens, also afterwards.
+    """
 
     _signals = (signal.SIGINT, signal.SIGTERM)
 
@@ -26,11 +32,13 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         """Restores the handlers that were there before."""
-        self._restore()
+        if self.name is None or world_size() == 1:
+            self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-        self._restore()
+        if world_size() == 1:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

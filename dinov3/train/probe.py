@@ -3,6 +3,7 @@
 # B images, P patches, D width
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from dinov3.data.decode import composite, decode_image
 from dinov3.data.loader import ImageSet
-from dinov3.models.vit import VisionTransformer
 
 _WHITE = (255, 255, 255)
 
@@ -33,7 +33,7 @@ def load_probe(
 
 
 @torch.no_grad()
-def patch_colours(model: VisionTransformer, pictures: Tensor, *, enlarge: int = 4) -> Tensor:
+def patch_colours(model: Any, pictures: Tensor, *, enlarge: int = 4) -> Tensor:
     """First three principal components of the patch features as colours, beside the pictures.
 
     Args:

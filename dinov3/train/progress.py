@@ -18,8 +18,9 @@ from rich.progress import (
 class TrainingProgress:
     """Shows the step, the loss, the rate and the time that remains."""
 
-    def __init__(self, num_steps: int, *, start: int, log_every: int) -> None:
-        self._console = Console(stderr=True)
+    def __init__(self, num_steps: int, *, start: int, log_every: int, speaks: bool = True) -> None:
+        self._console = Console(stderr=True, quiet=not speaks)
+        self._speaks = speaks
         self._live = self._console.is_terminal
         self._num_steps = num_steps
         self._log_every = log_every
@@ -32,7 +33,7 @@ class TrainingProgress:
             TextColumn("remaining"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._live,
+            disable=not (self._live and speaks),
         )
         self._task = self._bar.add_task("", total=num_steps, completed=start, shown="")
 
@@ -62,6 +63,6 @@ class TrainingProgress:
         """One line beside the bar."""
         if self._live:
             self._console.print(text, highlight=False)
-        else:
+        elif self._speaks:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()

@@ -1,99 +1,144 @@
-"""The training loop: data, step, guard, EMA, log, save.
+"""The training loop: data, step, guard, log, save. One loop for every phase.
 
 Everything random is a function of (seed, step, position), so the state after n steps is the same
-however often the run was stopped, and no generator needs saving.
+however often the run was stopped, and no generator needs saving. A `Method` says what a step is.
 """
 
-import math
 import resource
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from dinov3.checkpoint import latest_state, load_state, save_state
-from dinov3.config import TrainConfig
-from dinov3.data.augment import Augmentation, Batch, gallery
-from dinov3.data.loader import ImageSet, TrainingLoader
+from dinov3.config import TrainRun
+from dinov3.data.augment import Batch
+from dinov3.data.loader import ImageSet, Pipeline, TrainingLoader
+from dinov3.distributed import any_rank, from_first_rank, gather_objects, rank, world_size
 from dinov3.errors import CheckpointError, Interrupted, TrainingDiverged
-from dinov3.train.build import (
-    build_augmentation,
-    build_method,
-    build_optimizer,
-    build_schedules,
-    masks_of_step,
-)
-from dinov3.train.ema import ema_update
-from dinov3.train.events import EventLog
-from dinov3.train.health import collapse_reason, is_finite, measure
+from dinov3.state import StateWriter, latest_state, load_state, read_facts, state_path
+from dinov3.train.events import EventLogs
 from dinov3.train.interrupt import StopRequest
-from dinov3.train.optim import apply_schedule, clip_gradients
-from dinov3.train.probe import load_probe, patch_colours
+from dinov3.train.learner import Learner, Outcome
 from dinov3.train.progress import TrainingProgress
+from dinov3.train.replay import save_batch
 
-_NUM_SHOWN = 8  # probe pictures in TensorBoard
+SNAPSHOTS = "snapshots"
+NON_FINITE = "non_finite"
+_ALL = 10**6  # snapshots kept
+
+
+class Method(Protocol):
+    """A phase's own part: from a batch to updates."""
+
+    learners: Sequence[Learner]  # that this rank takes part in training
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """How pictures become crops."""
+
+    @property
+    def rows(self) -> range:
+        """This rank's places in the global batch."""
+
+    def step(self, batch: Batch) -> dict[str, Outcome]:
+        """Updates every learner, each by itself; outcomes by name."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All live tensors of this rank that the next step depends on."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Those of them that a snapshot keeps."""
+
+    def facts(self) -> dict[str, Any]:
+        """What else the next step depends on, JSON values; `learners` holds each one's.
+
+        All ranks call it.
+        """
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Takes back `facts`."""
+
+    def measure(self, learner: Learner) -> dict[str, float]:
+        """Signs of health; all ranks of the learner's group call it."""
+
+    def judge(self, learner: Learner, step: int) -> str | None:
+        """Why the run must end, or None."""
+
+    def pictures(self, learner: Learner, batch: Batch) -> dict[str, Tensor]:
+        """What to show in TensorBoard, uint8 [3, H, W] by name."""
+
+    def rehearse(self) -> None:
+        """Does the work of one step on empty crops and forgets it."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a run is, on what, and how it is kept.
+
+    Attributes:
+        seed: Of the order of images and of all that is drawn.
+        num_steps: Length of the run.
+        batch_size: Images per step, over all ranks.
+        run: What cannot change the result.
+        policy: `non_finite` and `max_consecutive_non_finite` of the recipe's health.
+        snapshot_steps: After these steps the method's snapshot is kept for good.
+    """
+
+    seed: int
+    num_steps: int
+    batch_size: int
+    run: TrainRun
+    policy: Any
+    snapshot_steps: Sequence[int] = ()
 
 
 class Trainer:
-    """One run: the method, its optimizer, its place in the schedule."""
+    """One run: the method and its place in the schedule."""
 
-    def __init__(
-        self, config: TrainConfig, images: ImageSet, device: torch.device, folder: Path
-    ) -> None:
-        """Builds everything at step 0.
+    def __init__(self, method: Method, images: ImageSet, folder: Path, course: Course) -> None:
+        """Starts at step 0.
 
         Args:
-            config: The resolved recipe.
+            method: What a step is.
             images: The training images.
-            device: Where to train.
             folder: State folder of this very run.
+            course: Its length and settings.
         """
-        self.config = config
+        self.method = method
         self.images = images
-        self.device = device
         self.folder = folder
+        self.course = course
+        self.settings = course.run
+        self.num_steps = course.num_steps
         self.step = 0
         self.interruptions: list[dict[str, Any]] = []
-        self.health: dict[str, float] = {}
-        self.method = build_method(config, device)
-        self.optimizer = build_optimizer(config, self.method.student)
-        self.schedules = build_schedules(config)
-        self.augmentation: Augmentation = build_augmentation(config)
-        self._log_size = 0
-        self._bad_steps = 0
-        crops = config.crops
-        self._probe = load_probe(
-            images, config.health.num_images, crops.global_size, (crops.mean, crops.std)
-        ).to(device)
+        self._log_sizes: dict[str, int] = {}
 
     def resume(self, path: Path | None = None) -> bool:
         """Continues from a state: the given one, or the newest of the folder, if there is any."""
-        source = path or latest_state(self.folder)
+        source = from_first_rank(path or latest_state(self.folder))
         if source is None:
             return False
-        state = load_state(source)
+        load_state(source, self.method.tensors())
+        facts = read_facts(source)
         try:
-            self._restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            self.method.restore(facts["method"])
+            self.step = facts["step"]
+            self.interruptions = [*facts["interruptions"], {"resumed_at_step": self.step}]
+            # a finished run that is extended here keeps its own log where it is
+            same_folder = source.resolve().parent == self.folder.resolve()
+            self._log_sizes = facts["log_sizes"] if same_folder else {}
+        except (KeyError, TypeError) as error:
             msg = (
                 f"{source}: not a state of this run: {error}. Remove it to go on from an older one."
             )
             raise CheckpointError(msg) from error
-        # a finished run that is extended here keeps its own log where it is
-        same_folder = source.resolve().parent == self.folder.resolve()
-        self._log_size = state["log_size"] if same_folder else 0
         return True
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.method.student.load_state_dict(state["student"])
-        self.method.teacher.load_state_dict(state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        self.health = state["health"]
-        self.interruptions = [*state["interruptions"], {"resumed_at_step": self.step}]
-        self._bad_steps = state["bad_steps"]
 
     def run(self) -> None:
         """Trains to the end.
@@ -102,169 +147,168 @@ class Trainer:
             Interrupted: A signal came; the state is saved.
             TrainingDiverged: Non-finite or collapsed; the state before is saved.
         """
-        total = self.config.schedules.num_steps
-        settings = self.config.run
         loader = TrainingLoader(
             self.images,
-            augmentation=self.augmentation,
-            batch_size=self.config.optim.batch_size,
-            seed=self.config.seed,
+            augmentation=self.method.pipeline,
+            batch_size=self.course.batch_size,
+            seed=self.course.seed,
             start_step=self.step,
-            num_steps=total - self.step,
-            num_workers=settings.num_workers,
+            num_steps=self.num_steps - self.step,
+            num_workers=self.settings.num_workers,
+            rows=self.method.rows,
         )
         recent: deque[float] = deque(maxlen=50)
+        names = [one.name for one in self.method.learners if rank(one.group) == 0]
         with (
-            EventLog(self.folder, size=self._log_size, step=self.step) as log,
-            TrainingProgress(total, start=self.step, log_every=settings.log_every) as progress,
+            EventLogs(self.folder, names, sizes=self._log_sizes, step=self.step) as logs,
+            StateWriter(self.folder, keep=self.settings.keep_checkpoints) as writer,
+            StateWriter(self.folder / SNAPSHOTS, keep=_ALL) as snapshots,
+            TrainingProgress(
+                self.num_steps,
+                start=self.step,
+                log_every=self.settings.log_every,
+                speaks=rank() == 0,
+            ) as progress,
             StopRequest() as stop,
         ):
             progress.say(self._estimate())
             began = time.perf_counter()
             for batch in loader:
                 waited = time.perf_counter() - began
-                numbers = self._train_step(batch, log)
+                outcomes = self.method.step(batch)
+                self.step = batch.step + 1
                 seconds = time.perf_counter() - began
                 recent.append(seconds)
-                self._after_step(batch, log, {**numbers, "wait_fraction": waited / seconds})
-                progress.advance(self.step, numbers["loss"], sum(recent) / len(recent))
-                if stop.name is not None:
-                    self._interrupt(log, stop.name)
+                self._guard(batch, outcomes, logs)
+                if self.step in self.course.snapshot_steps:
+                    snapshots.save(self.step, self.method.snapshot(), {"step": self.step})
+                extra = {"wait_fraction": waited / seconds}
+                self._after_step(batch, outcomes, extra, logs, writer)
+                losses = [outcome.numbers["loss"] for outcome in outcomes.values()]
+                progress.advance(self.step, sum(losses) / len(losses), sum(recent) / len(recent))
+                if any_rank(stop.name is not None):
+                    self._interrupt(stop.name, logs, writer)
                 began = time.perf_counter()
-            self._log_size = log.size
 
-    def save(self, log: EventLog) -> None:
-        """Writes the state; a kill at any moment leaves this one or the one before."""
-        self._log_size = log.size
-        state = {**self.state(), "log_size": self._log_size}
-        save_state(self.folder, self.step, state, keep=self.config.run.keep_checkpoints)
+    def final_state(self) -> Path:
+        """The state after the last step."""
+        return state_path(self.folder, self.step)
 
-    def state(self) -> dict[str, Any]:
-        """All that the next step depends on."""
-        return {
-            "step": self.step,
-            "student": self.method.student.state_dict(),
-            "teacher": self.method.teacher.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "health": self.health,
-            "bad_steps": self._bad_steps,
-            "interruptions": self.interruptions,
-            "log_size": self._log_size,
-        }
-
-    def _train_step(self, batch: Batch, log: EventLog) -> dict[str, float]:
-        """One update; guard order: loss finite, gradients finite, clip, optimizer, EMA."""
-        now = self.schedules.at(batch.step)
-        global_crops, local_crops = self.augmentation.apply(batch, self.device)
-        masks = masks_of_step(self.config, len(global_crops), batch.step).to(self.device)
-        self._seed_model(batch.step)
-        losses = self.method.losses(global_crops, local_crops, masks, now["teacher_temperature"])
-        numbers = {name: value.item() for name, value in losses.items()}
-        norms: dict[str, float] = {}
-        if is_finite(losses["loss"]):
-            losses["loss"].backward()
-            clipped = clip_gradients(self.method.student.parts(), self.config.optim.clip)
-            norms = {f"gradient_norm/{name}": float(norm) for name, norm in clipped.items()}
-        if norms and all(map(math.isfinite, norms.values())):
-            apply_schedule(self.optimizer, now["lr"], now["weight_decay"], now["last_layer_lr"])
-            self.optimizer.step()
-            ema_update(self.method.teacher, self.method.student, now["momentum"])
-            self._bad_steps = 0
-        else:
-            self._bad_steps += 1
-            self._non_finite(batch, log, {**numbers, **norms})
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step = batch.step + 1
-        return {**numbers, **norms, **{f"schedule/{name}": v for name, v in now.items()}}
-
-    def _after_step(self, batch: Batch, log: EventLog, numbers: dict[str, float]) -> None:
-        settings = self.config.run
-        last = self.step == self.config.schedules.num_steps
-        if self.step % settings.health_every == 0 or last:
-            self._judge(log)
-            numbers |= {f"health/{name}": value for name, value in self.health.items()}
-        if self.step % settings.log_every == 0 or last:
-            log.numbers(self.step, numbers)
-        if self.step % settings.picture_every == 0 or last:
-            self._show(batch, log)
+    def _after_step(
+        self,
+        batch: Batch,
+        outcomes: Mapping[str, Outcome],
+        extra: Mapping[str, float],
+        logs: EventLogs,
+        writer: StateWriter,
+    ) -> None:
+        settings = self.settings
+        last = self.step == self.num_steps
+        is_measured = self.step % settings.health_every == 0 or last
+        reasons = []
+        for learner in self.method.learners:
+            numbers = {**outcomes[learner.name].numbers, **extra}
+            if is_measured:
+                learner.health = self.method.measure(learner)
+                numbers |= {f"health/{name}": value for name, value in learner.health.items()}
+                reasons.append(self.method.judge(learner, self.step))
+            log = logs.of(learner.name)
+            if self.step % settings.log_every == 0 or last:
+                log.numbers(self.step, numbers)
+            if self.step % settings.picture_every == 0 or last:
+                for name, picture in self.method.pictures(learner, batch).items():
+                    log.picture(name, picture, self.step)
+        self._end_if_collapsed([one for one in reasons if one], logs, writer, is_measured)
         if self.step % settings.checkpoint_every == 0 or last:
-            self.save(log)
+            self.save(logs, writer, wait=last)
 
-    def _seed_model(self, step: int) -> None:
-        """Drop path and RoPE augmentation draw from (seed, step) alone."""
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + step)
-        self.method.student.backbone.set_generator(generator)
-
-    def _judge(self, log: EventLog) -> None:
-        self.health = measure(
-            self.method.teacher.backbone, self.method.teacher.dino_head, self._probe
-        )
-        limits = self.config.health
-        if self.step < limits.after_step:
-            return
-        reason = collapse_reason(self.health, limits.model_dump())
-        if reason is not None:
-            self.save(log)
-            msg = f"training collapsed at step {self.step}: {reason}. Lower the learning rate."
+    def _end_if_collapsed(
+        self, reasons: list[str], logs: EventLogs, writer: StateWriter, is_measured: bool
+    ) -> None:
+        found = [one for part in gather_objects(reasons) for one in part] if is_measured else []
+        if found:
+            self.save(logs, writer, wait=True)
+            msg = f"training collapsed at step {self.step}: {found[0]}. Lower the learning rate."
             raise TrainingDiverged(msg)
 
-    def _non_finite(self, batch: Batch, log: EventLog, numbers: dict[str, float]) -> None:
-        """Nothing was updated: the state before the step and its (seed, step) replay it exactly."""
-        log.numbers(batch.step, {**numbers, "non_finite": 1.0})
-        limits = self.config.health
-        if limits.non_finite == "skip" and self._bad_steps < limits.max_consecutive_non_finite:
-            return
-        state = {**self.state(), "log_size": log.size}
-        (self.folder / "non_finite").mkdir(exist_ok=True)
-        dump = save_state(self.folder / "non_finite", batch.step, state, keep=1)
-        bad = sorted(name for name, value in numbers.items() if not math.isfinite(value))
+    def save(self, logs: EventLogs, writer: StateWriter, *, wait: bool = False) -> None:
+        """Writes the state; a kill at any moment leaves this one or the one before."""
+        writer.save(self.step, self.method.tensors(), self.facts(logs), wait=wait)
+
+    def facts(self, logs: EventLogs) -> dict[str, Any]:
+        """All that is not a tensor, gathered from the ranks."""
+        sizes = gather_objects(logs.sizes())
+        return {
+            "step": self.step,
+            "method": self.method.facts(),
+            "interruptions": self.interruptions,
+            "log_sizes": {name: size for part in sizes for name, size in part.items()},
+            "world_size": world_size(),
+        }
+
+    def _guard(self, batch: Batch, outcomes: Mapping[str, Outcome], logs: EventLogs) -> None:
+        """Nothing of a student was updated whose step was not finite; the recipe's policy rules."""
+        for learner in self.method.learners:
+            outcome = outcomes[learner.name]
+            if not outcome.is_finite:
+                logs.of(learner.name).numbers(self.step - 1, {**outcome.numbers, "non_finite": 1.0})
+        limit = (
+            self.course.policy.max_consecutive_non_finite
+            if self.course.policy.non_finite == "skip"
+            else 1
+        )
+        ended = [
+            (learner.name, outcomes[learner.name].bad)
+            for learner in self.method.learners
+            if learner.bad_steps >= limit
+        ]
+        if any_rank(bool(ended)):
+            everywhere = [one for part in gather_objects(ended) for one in part]
+            self._dump(batch, everywhere, logs)
+
+    def _dump(
+        self, batch: Batch, ended: Sequence[tuple[str, tuple[str, ...]]], logs: EventLogs
+    ) -> None:
+        """Keeps the batch and the state before the bad step: together they replay it exactly."""
+        folder = self.folder / NON_FINITE
+        folder.mkdir(exist_ok=True)
+        self.step -= 1
+        with StateWriter(folder, keep=1) as writer:
+            self.save(logs, writer, wait=True)
+        save_batch(folder, batch, rank())
+        names = ", ".join(f"{name} {', '.join(bad)}".strip() for name, bad in ended)
         msg = (
-            f"step {batch.step}: non-finite {', '.join(bad)}; nothing was updated. "
-            f"The state before it is {dump}. Lower the learning rate."
+            f"step {self.step}: non-finite {names}; nothing of it was updated. The state before is "
+            f"{state_path(folder, self.step)}: look with `python -m dinov3 replay`, or lower the "
+            "learning rate."
         )
         raise TrainingDiverged(msg)
 
-    def _show(self, batch: Batch, log: EventLog) -> None:
-        pictures = self._probe[:_NUM_SHOWN]
-        log.picture("patches/pca", patch_colours(self.method.teacher.backbone, pictures), self.step)
-        crops, _ = self.augmentation.apply(batch, self.device)
-        log.picture(
-            "crops/global", gallery(crops, self.config.crops.mean, self.config.crops.std), self.step
-        )
-
-    def _interrupt(self, log: EventLog, signal_name: str) -> None:
-        if self.step == self.config.schedules.num_steps:
+    def _interrupt(self, signal_name: str | None, logs: EventLogs, writer: StateWriter) -> None:
+        if self.step == self.num_steps:
             return
-        self.interruptions.append({"stopped_at_step": self.step, "signal": signal_name})
-        self.save(log)
-        msg = f"stopped by {signal_name} after step {self.step}; run the same command to go on."
+        name = next((one for one in gather_objects(signal_name) if one), "a signal")
+        self.interruptions.append({"stopped_at_step": self.step, "signal": name})
+        self.save(logs, writer, wait=True)
+        msg = f"stopped by {name} after step {self.step}; run the same command to go on."
         raise Interrupted(msg)
 
     def _estimate(self) -> str:
         """What the run will take, measured on one discarded step on empty crops."""
-        config, student = self.config, self.method.student
         began = time.perf_counter()
-        self._rehearse()
+        self.method.rehearse()
         seconds = time.perf_counter() - began
-        count = sum(parameter.numel() for parameter in student.parameters())
-        state = 4 * 4 * count  # bytes: student, teacher and two moments in fp32
-        left = config.schedules.num_steps - self.step
+        tensors = self.method.tensors().values()
+        state = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        learners = self.method.learners
+        count = sum(p.numel() for one in learners for p in one.student.parameters())
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
+        left = self.num_steps - self.step
+        device = next(learners[0].student.parameters()).device.type
         return (
-            f"training {left} steps of {config.optim.batch_size} out of {len(self.images)} images "
-            f"on {self.device} with {torch.get_num_threads()} threads, {count / 1e6:.2f} M "
-            f"parameters with heads: about {left * seconds / 60:.1f} min, {memory:.1f} GB of "
-            f"memory, {config.run.keep_checkpoints * state / 1e9:.2f} GB of checkpoints on disk"
+            f"training {left} steps of {self.course.batch_size} of {len(self.images)} images on "
+            f"{world_size()} x {device} with {torch.get_num_threads()} threads, "
+            f"{count / 1e6:.2f} M parameters with heads: about {left * seconds / 60:.1f} min, "
+            f"{memory:.1f} GB of memory, {self.settings.keep_checkpoints * state / 1e9:.2f} GB of "
+            "checkpoints on disk"
         )
-
-    def _rehearse(self) -> None:
-        crops, size = self.config.crops, self.config.optim.batch_size
-        global_crops = torch.zeros(2 * size, 3, crops.global_size, crops.global_size)
-        local_crops = torch.zeros(crops.num_local * size, 3, crops.local_size, crops.local_size)
-        masks = masks_of_step(self.config, len(global_crops), self.step).to(self.device)
-        self._seed_model(self.step)
-        losses = self.method.losses(
-            global_crops.to(self.device), local_crops.to(self.device), masks, temperature=1.0
-        )
-        losses["loss"].backward()
-        self.optimizer.zero_grad(set_to_none=True)

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 from PIL import Image, ImageDraw
+
+from tests.flow.forks import fork
 
 SHAPES = ("ellipse", "rectangle", "line")
 
@@ -58,19 +61,83 @@ class World:
                 *("--output", self.dataset.parent),
             ),
         ):
-            done = dinov3(*arguments)
+            done = fork(*arguments)
             assert done.returncode == 0, done.stderr
 
     def training(self, output: Path, *overrides: str) -> tuple[str | Path, ...]:
         """Arguments of a training run."""
-        inputs = ("--source", self.source, "--manifest", self.manifest, "--dataset", self.dataset)
         stage = ("train", "pretrained_checkpoint", "--recipe", "smoke_cpu", "run.device=cpu")
-        return (*stage, *inputs, "--output", output, *overrides)
+        return (*stage, *self.inputs, "--output", output, *overrides)
+
+    @property
+    def inputs(self) -> tuple[str | Path, ...]:
+        """What every training stage reads."""
+        return ("--source", self.source, "--manifest", self.manifest, "--dataset", self.dataset)
+
+
+class Chain:
+    """The phases one after the other, each once, a few steps long."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.outputs = {
+            "pretrain": world.root / "data" / "pretrained_checkpoint",
+            "gram": world.root / "data" / "gram_checkpoint",
+            "highres": world.root / "data" / "highres_model",
+        }
+        self.pairs = world.root / "data" / "caption_pairs" / "pairs.parquet"
+
+    def build(self) -> None:
+        """Runs them."""
+        for phase, output in self.outputs.items():
+            done = fork(*self.training(phase, output))
+            assert done.returncode == 0, done.stderr
+        self._write_captions()
+
+    def _write_captions(self) -> None:
+        """Stage caption_pairs, from a table of one's own: a line for each picture."""
+        world, own = self.world, self.world.root / "captions.parquet"
+        places = [path.parts[-2:] for path in sorted(world.root.glob("pictures/*/*.png"))]
+        images = ["/".join(place) for place in places]
+        captions = [f"picture {Path(name).stem} of a {shape}" for shape, name in places]
+        pl.DataFrame({"image": images, "caption": captions}).write_parquet(own)
+        tables = ("--manifest", world.manifest, "--dataset", world.dataset, "--pairs", own)
+        common = ("--recipe", "smoke_cpu", "--output", self.pairs.parent)
+        done = fork("captions", "caption_pairs", *tables, *common)
+        assert done.returncode == 0, done.stderr
+
+    def training(self, phase: str, output: Path, *overrides: str) -> tuple[str | Path, ...]:
+        """Arguments of a phase, on the artifacts of the phases before it."""
+        pretrained, gram, highres = self.outputs.values()
+        given: dict[str, tuple[str | Path, ...]] = {
+            "pretrain": ("train", "pretrained_checkpoint"),
+            "gram": (
+                *("train", "gram_checkpoint", "--phase", "gram"),
+                *("--init-from", pretrained, "--gram-teacher", pretrained),
+            ),
+            "highres": (
+                *("train", "highres_model", "--phase", "highres"),
+                *("--init-from", gram, "--gram-teacher", pretrained),
+            ),
+            "distill": ("distill", "distilled_students", "--teacher", highres),
+            "dinotxt": ("align", "dinotxt", "--pairs", self.pairs, "--backbone", highres),
+        }
+        inputs = self.world.inputs if phase != "dinotxt" else ("--source", self.world.source)
+        common = ("--recipe", "smoke_cpu", "run.device=cpu", "--output", output)
+        return (*given[phase], *inputs, *common, *overrides)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Made once; tests write to folders of their own."""
     made = World(tmp_path_factory.mktemp("world"))
+    made.build()
+    return made
+
+
+@pytest.fixture(scope="session")
+def chain(world: World) -> Chain:
+    """Trained once; tests write to folders of their own."""
+    made = Chain(world)
     made.build()
     return made

@@ -1,8 +1,8 @@
 """A small pipeline with the real dvc, the real stage frame and records, and cheap commands.
 
-    python -m tests.flow.project FOLDER KEY GRACE
+    python -m tests.flow.project FOLDER GRACE KEY…
 
-materializes one asset of it in a process that can be stopped.
+materializes assets of it in a process that can be stopped.
 """
 
 import os
@@ -38,9 +38,24 @@ stages:
     - data/second/record.json
     - data/second/run.json
     - data/second/events.jsonl
+  pair:
+    cmd: python code/stage.py pair ${mode.pair} data/second/manifest.txt
+    deps: [code/stage.py, data/second/manifest.txt, data/second/record.json]
+    params: [mode.pair]
+    outs:
+    - data/pair/one/verdict.json
+    - data/pair/one/manifest.txt
+    - data/pair/one/record.json
+    - data/pair/one/run.json
+    - data/pair/one/events.jsonl
+    - data/pair/two/verdict.json
+    - data/pair/two/manifest.txt
+    - data/pair/two/record.json
+    - data/pair/two/run.json
+    - data/pair/two/events.jsonl
   third:
     foreach:
-      left: {model: second}
+      left: {model: pair/two}
     do:
       cmd: python code/stage.py third_${key} ok data/${item.model}/manifest.txt
       deps: [code/stage.py, "data/${item.model}/manifest.txt", "data/${item.model}/record.json"]
@@ -50,7 +65,10 @@ stages:
 """
 
 STAGE = '''
-"""Usage: stage.py NAME MODE [INPUT…]; modes: ok, refuse, broken, wait, deaf."""
+"""Usage: stage.py NAME MODE [INPUT…]; modes: ok, refuse, broken, wait, deaf.
+
+The stage `pair` makes two artifacts; only the first of them depends on the mode.
+"""
 
 import json
 import os
@@ -83,26 +101,47 @@ if mode in ("wait", "deaf"):
     Path("pids.fifo").write_text(f"{os.getpid()} {rank.pid}")
     while True:
         time.sleep(600)
-with open_stage(name, output, config={"mode": mode}) as stage:
-    if mode == "broken":
-        sys.exit("cannot be done: " + name)
-    text = name + "".join(stage.read("input", Path(path)).read_text() for path in inputs)
-    if not inputs:
-        text += Path("data/raw_images/fingerprint.json").read_text()
-        failed = {"name": "rows", "column": "path", "observed": 0, "threshold": 1}
-        expectation = {**failed, "passed": mode == "ok"}
-        verdict = {"passed": mode == "ok", "rows": 1, "expectations": [expectation]}
-        if mode == "refuse":
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "verdict.json").write_text(json.dumps(verdict))
-            print("refused by its own checks", file=sys.stderr)
-            sys.exit(3)
-        stage.path("verdict.json").write_text(json.dumps(verdict))
-    if name == "second":
-        lines = [{"step": step, "time": time.time(), "loss": 1 / step} for step in (1, 2, 3)]
-        stage.path("events.jsonl").write_text("".join(json.dumps(one) + "\\n" for one in lines))
-    stage.path("manifest.txt").write_text(text)
-    stage.facts["rows"] = len(text)
+
+
+def judge(folder, passed):
+    failed = {"name": "rows", "column": "path", "observed": 0, "threshold": 1}
+    expectation = {**failed, "passed": passed}
+    verdict = {"passed": passed, "rows": 1, "expectations": [expectation]}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "verdict.json").write_text(json.dumps(verdict))
+
+
+def train(stage, loss):
+    lines = [{"step": step, "time": time.time(), "loss": loss / step} for step in (1, 2, 3)]
+    stage.path("events.jsonl").write_text("".join(json.dumps(one) + "\\n" for one in lines))
+
+
+def make(key, output, text=""):
+    with open_stage(key, output, config={"text": text}) as stage:
+        if mode == "broken":
+            sys.exit("cannot be done: " + name)
+        text += key + "".join(stage.read("input", Path(path)).read_text() for path in inputs)
+        if name in ("first", "pair"):
+            judge(stage.path("."), True)
+        if name in ("second", "pair"):
+            train(stage, len(text))
+        stage.path("manifest.txt").write_text(text)
+        stage.facts["rows"] = len(text)
+
+
+if mode == "refuse":
+    if name == "pair":
+        judge(output / "one", True)
+    judge(output / "two" if name == "pair" else output, False)
+    print("refused by its own checks", file=sys.stderr)
+    sys.exit(3)
+if name == "pair":
+    make("pair_one", output / "one", mode)
+    make("pair_two", output / "two")
+elif name == "first":
+    make(name, output, Path("data/raw_images/fingerprint.json").read_text())
+else:
+    make(name, output)
 print("made", name, "x" * 10, sep="\\r", flush=True)
 '''
 
@@ -138,9 +177,9 @@ class Project:
         """Changes what the source holds."""
         (self.root / "data" / "raw_images" / "fingerprint.json").write_text(content)
 
-    def set_modes(self, first: str = "ok", second: str = "ok") -> None:
+    def set_modes(self, first: str = "ok", second: str = "ok", pair: str = "ok") -> None:
         """Says how the stages shall behave."""
-        text = f"mode: {{first: {first}, second: {second}}}\n"
+        text = f"mode: {{first: {first}, second: {second}, pair: {pair}}}\n"
         (self.root / "params.yaml").write_text(text)
 
     def dvc(self, *arguments: str, check: bool = True) -> str:
@@ -164,9 +203,9 @@ class Project:
 
     @property
     def assets(self) -> list[dg.AssetsDefinition]:
-        """An asset per stage; the first is judged."""
+        """The assets of each stage; the first and the pair are judged."""
         graph = self.pipeline
-        judged = {"first": {"verdict": manifest_verdict}}
+        judged = {key: {"verdict": manifest_verdict} for key in ("first", "pair")}
         return [
             stage_asset(
                 key, group="data", kinds=set(), description=key, pipeline=graph,
@@ -188,6 +227,6 @@ class Project:
 
 
 if __name__ == "__main__":
-    folder, wanted, grace = sys.argv[1:]
+    folder, grace, *wanted = sys.argv[1:]
     with dg.DagsterInstance.ephemeral() as ephemeral:
-        Project(Path(folder)).materialize(ephemeral, wanted, grace_seconds=float(grace))
+        Project(Path(folder)).materialize(ephemeral, *wanted, grace_seconds=float(grace))

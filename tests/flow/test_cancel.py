@@ -10,6 +10,7 @@ import sys
 import psutil
 import pytest
 
+from orchestration.lock import read_lock
 from orchestration.stages import CHECKOUT
 from tests.flow.project import DVC, Project, environment
 
@@ -32,8 +33,8 @@ def project(tmp_path):
                 process.kill()  # what a failed test left
 
 
-def materialize(project, key):
-    command = [sys.executable, "-m", "tests.flow.project", str(project.root), key, str(GRACE)]
+def materialize(project, *keys):
+    command = [sys.executable, "-m", "tests.flow.project", str(project.root), str(GRACE), *keys]
     output = (project.root / "worker.log").open("wb")
     with output:
         return subprocess.Popen(command, cwd=CHECKOUT, stdout=output, stderr=output)
@@ -62,6 +63,21 @@ def test_stopped_step_leaves_no_process_and_saves_once(project, number, mode):
     assert [is_gone(one) for one in watched] == [True, True]
     worker.wait()
     assert (project.root / "saved.txt").read_text() == "SIGINT\n"  # the second would not save
+
+    project.set_modes()
+    project.dvc("repro")
+
+
+def test_cancelled_stage_of_two_artifacts_leaves_neither(project):
+    project.dvc("repro", "second")
+    project.set_modes(pair="wait")
+    worker = materialize(project, "pair_one", "pair_two")
+    watched = [os.pidfd_open(pid) for pid in running_pids(project)]
+    worker.send_signal(signal.SIGTERM)
+    assert [is_gone(one) for one in watched] == [True, True]
+    worker.wait()
+    assert not (project.root / "data" / "pair").exists()
+    assert "pair" not in read_lock(project.root)
 
     project.set_modes()
     project.dvc("repro")

@@ -8,12 +8,15 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
+from dinov3.release.record import file_sha256
 from orchestration.lock import code_version, read_lock, version_tags
 from orchestration.runner import StageRunner
 from orchestration.versions import dvc_lock_sensor, report_lock
 from tests.flow.project import Project
 
-KEYS = ["first", "second", "third_left"]
+KEYS = ["first", "second", "pair_one", "pair_two", "third_left"]
+PAIR = ["pair_one", "pair_two"]  # the artifacts of one stage
+VERSION = "dagster/data_version"
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_sensor_reports_an_artifact_once(project, instance):
     sensor = dvc_lock_sensor(project.pipeline)
     assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
     with dg.build_sensor_context(instance=instance) as context:
-        assert "first, second, third_left" in sensor(context).skip_message
+        assert "first, second, pair_one, pair_two, third_left" in sensor(context).skip_message
         assert sensor(context).skip_message == "dvc.lock is as it was."
     assert report_lock(instance, project.pipeline) == []
 
@@ -92,8 +95,9 @@ def test_code_version_is_the_one_dvc_hashed(project):
     project.dvc("repro")
     lock = read_lock(project.root)
     for stage in project.pipeline.stages.values():
-        tags = version_tags(project.pipeline, stage, lock)
-        assert code_version(project.pipeline, stage) == tags["dagster/code_version"]
+        for artifact in stage.artifacts:
+            tags = version_tags(project.pipeline, stage, artifact, lock)
+            assert code_version(project.pipeline, stage) == tags["dagster/code_version"]
 
 
 def test_materialization_tells_what_was_made(project, instance):
@@ -114,7 +118,7 @@ def test_refused_artifact_shows_its_verdict_and_blocks(project, instance):
     project.set_modes(first="refuse")
     result = project.materialize(instance)
     assert not result.success
-    assert [latest(instance, key) for key in KEYS] == [None, None, None]
+    assert [latest(instance, key) for key in KEYS] == [None] * len(KEYS)
     (verdict,) = result.get_asset_check_evaluations()
     assert not verdict.passed
     assert "rows of path: observed 0, wanted 1" in verdict.description
@@ -128,11 +132,80 @@ def test_failed_stage_makes_no_materialization(project, instance):
     project.materialize(instance)
     before = latest(instance, "second")
     project.set_modes(second="broken")
-    result = project.materialize(instance, "second", "third_left")
+    result = project.materialize(instance, "second", "pair_one", "pair_two")
     assert not result.success
     assert latest(instance, "second") == before
     assert result.get_asset_check_evaluations() == []
     assert "cannot be done: second" in result.failure_data_for_node("second").error.to_string()
+
+
+def test_one_run_makes_both_artifacts_of_a_stage_each_with_its_own_version(project, instance):
+    result = project.materialize(instance)
+    assert [e.step_key for e in result.get_step_success_events()].count("pair") == 1
+    one, two = (latest(instance, key) for key in PAIR)
+    assert [made.metadata["dvc"].value for made in (one, two)] == ["ran", "ran"]
+    assert one.tags[VERSION] != two.tags[VERSION]
+    assert one.metadata["curves"] != two.metadata["curves"]
+    for made, folder in ((one, "data/pair/one"), (two, "data/pair/two")):
+        record = project.root / folder / "record.json"
+        assert made.metadata["record_sha256"].value == file_sha256(record)
+        assert made.metadata["folder"].value == str(record.parent)
+    consumed = latest(instance, "third_left").tags
+    assert consumed["dagster/input_data_version/pair_two"] == two.tags[VERSION]
+    assert "dagster/input_data_version/pair_one" not in consumed
+    checked = [e.asset_key.to_user_string() for e in result.get_asset_check_evaluations()]
+    assert checked == ["first", *PAIR]
+
+
+def test_change_of_one_artifact_leaves_what_reads_the_other_fresh(project, instance):
+    project.materialize(instance)
+    before = [latest(instance, key).tags[VERSION] for key in PAIR]
+    project.set_modes(pair="other")
+    project.dvc("repro", "-s", "pair")
+    assert report_lock(instance, project.pipeline) == PAIR
+    after = [latest(instance, key).tags[VERSION] for key in PAIR]
+    assert (after[0] != before[0], after[1]) == (True, before[1])
+    assert stale(project, instance) == []
+    assert "Running stage" not in project.dvc("repro")
+
+
+def test_refusal_shows_the_verdict_on_each_artifact(project, instance):
+    project.set_modes(pair="refuse")
+    result = project.materialize(instance)
+    verdicts = {
+        e.asset_key.to_user_string(): e.passed for e in result.get_asset_check_evaluations()
+    }
+    assert verdicts == {"first": True, "pair_one": True, "pair_two": False}
+    assert [latest(instance, key) for key in KEYS[2:]] == [None, None, None]
+
+
+def test_artifacts_of_one_stage_are_selected_together(project, instance):
+    with pytest.raises(dg.DagsterInvalidDefinitionError, match="Failed to resolve") as raised:
+        project.materialize(instance, "pair_one")
+    assert isinstance(raised.value.__cause__, dg.DagsterInvalidSubsetError)
+    assert project.materialize(instance, "first", "second", *PAIR).success
+    assert latest(instance, "third_left") is None
+
+
+def test_artifact_that_the_lock_does_not_hold_yet_is_not_reported(project, instance):
+    project.dvc("repro")
+    path = project.root / "dvc.yaml"
+    outs = "    - data/pair/three/record.json\n    - data/pair/two/run.json\n"
+    path.write_text(path.read_text().replace("    - data/pair/two/run.json\n", outs))
+    assert "pair_three" in project.pipeline.artifacts
+    assert report_lock(instance, project.pipeline) == ["raw_images", *KEYS]
+
+
+def test_input_that_a_stage_did_not_read_yet_is_stale(project, instance):
+    project.materialize(instance)
+    path = project.root / "dvc.yaml"
+    deps = '"data/pair/one/manifest.txt", "data/${item.model}/record.json"'
+    path.write_text(path.read_text().replace('"data/${item.model}/record.json"', deps))
+    assert report_lock(instance, project.pipeline) == []
+    assert stale(project, instance) == ["third_left"]
+    project.dvc("repro")
+    assert report_lock(instance, project.pipeline) == ["third_left"]
+    assert stale(project, instance) == []
 
 
 def test_missing_input_is_named(project, instance):

@@ -44,16 +44,20 @@ def test_stages_are_those_of_dvc():
 
 
 def test_edges_are_those_of_dvc():
-    stages = checkout_pipeline().stages
+    pipeline = checkout_pipeline()
     drawn = set(re.findall(r'"([^"]+)" -> "([^"]+)"', dvc("dag", "--full", "--dot")))
-    read = {(stages[up].name, one.name) for one in stages.values() for up in one.upstream}
+    made_by = {key: artifact.stage for key, artifact in pipeline.artifacts.items()}
+    stages = pipeline.stages.values()
+    read = {(made_by[up], one.name) for one in stages for up in one.upstream}
     assert read == drawn
 
 
-def test_assets_are_the_stages_and_their_sources():
+def test_assets_are_the_artifacts_and_their_sources():
     pipeline = checkout_pipeline()
     expected = {
-        key: sorted((*stage.upstream, *stage.roots)) for key, stage in pipeline.stages.items()
+        artifact.key: sorted((*stage.upstream, *stage.roots))
+        for stage in pipeline.stages.values()
+        for artifact in stage.artifacts
     }
     assert asset_edges() == {**expected, **{root: [] for root in pipeline.sources}}
 
@@ -92,10 +96,58 @@ stages:
     assert sorted(stage.key for stage in stages) == ["one_x", "one_y", "two_u", "two_v"]
 
 
-def test_two_stages_with_one_key_are_named(tmp_path):
-    stages = "stages:\n  a_b: {cmd: echo}\n  a:\n    foreach: [b]\n    do: {cmd: echo}\n"
-    with pytest.raises(ConfigError, match="one asset key 'a_b' for a@b, a_b"):
-        read_pipeline(write(tmp_path, stages))
+def test_folder_with_a_record_is_an_artifact(tmp_path):
+    stages = """
+stages:
+  students:
+    cmd: distil
+    outs: [data/s/small/record.json, data/s/small/board, data/s/x-l/record.json]
+  reports:
+    foreach: {small: {model: s/small}}
+    do:
+      cmd: report
+      deps: ["data/${item.model}/record.json", "data/${item.model}/board"]
+      outs: ["data/reports/${key}/pages/p.html", "data/reports/${key}/record.json"]
+"""
+    pipeline = read_pipeline(write(tmp_path, stages))
+    folders = {key: artifact.folder for key, artifact in pipeline.artifacts.items()}
+    assert folders == {
+        "students_small": "data/s/small",
+        "students_x_l": "data/s/x-l",
+        "reports_small": "data/reports/small",
+    }
+    assert list(pipeline.stages) == ["students", "reports_small"]
+    assert pipeline.artifacts["students_small"].outs == (
+        "data/s/small/record.json",
+        "data/s/small/board",
+    )
+    assert pipeline.stages["reports_small"].upstream == ("students_small",)
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("{a_b: {cmd: x}, a: {foreach: [b], do: {cmd: x}}}", "one asset key 'a_b' for a@b, a_b"),
+        (
+            "{a_b: {cmd: x}, a: {cmd: x, outs: [a/b/record.json, a/c/record.json]}}",
+            "one asset key 'a_b' for a, a_b",
+        ),
+        (
+            "{a: {cmd: x, outs: [a/b/c/record.json, a/d/c/record.json]}}",
+            "one asset key 'a_c' for a, a",
+        ),
+    ],
+)
+def test_shared_keys_are_named(tmp_path, stages, said):
+    with pytest.raises(ConfigError, match=said):
+        read_pipeline(write(tmp_path, f"stages: {stages}"))
+
+
+@pytest.mark.parametrize("key", ["c", "a@b"])
+def test_unknown_stage_is_named(tmp_path, key):
+    pipeline = read_pipeline(write(tmp_path, "stages: {a: {foreach: [b], do: {cmd: x}}}"))
+    with pytest.raises(ConfigError, match=f"no stage of that key, got '{key}'"):
+        pipeline.stage(key)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +163,14 @@ def test_two_stages_with_one_key_are_named(tmp_path):
         (
             "stages: {a: {cmd: x, outs: [o], deps: [p]}, b: {cmd: y, outs: [p], deps: [o]}}",
             "stages in a circle, got a, b",
+        ),
+        (
+            "stages: {a: {cmd: x, outs: [o/b/record.json, o/c/record.json, o/log]}}",
+            r"a: each output belongs to one folder .*\(o/b, o/c\), got o/log",
+        ),
+        (
+            "stages: {a: {cmd: x, outs: [o/record.json, o/c/record.json]}}",
+            r"a: each output belongs to one folder .*\(o, o/c\), got o/c/record.json",
         ),
         ("stages: [", "cannot be read"),
     ],

@@ -3,15 +3,15 @@
 import json
 import os
 import resource
+import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from dinov3.checkpoint import load_tensors
 from dinov3.release.record import file_sha256, read_record
 from tests.flow.conftest import dinov3
+from tests.flow.forks import Fork, fork
 
 STEPS = 8
 OVERRIDES = (f"schedules.num_steps={STEPS}", "run.checkpoint_every=2")
@@ -27,36 +27,34 @@ def digests(output):
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "pretrained_checkpoint"
-    done = dinov3(*world.training(output, *OVERRIDES))
+    done = fork(*world.training(output, *OVERRIDES))
     assert done.returncode == 0, done.stderr
     return output
 
 
-def start(world, output, *overrides):
-    command = [sys.executable, "-m", "dinov3", *map(str, world.training(output, *overrides))]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def stop_after(arguments, step, number):
+    """Runs until so many steps are done, and sends a signal then."""
+    end = fork(*arguments, signal_at=(f"step {step}/", number))
+    return end.returncode, end.stderr
 
 
-def stop_after(process, step, number):
-    """Sends a signal when the log says that so many steps are done."""
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith(f"step {step}/"):
-            process.send_signal(number)
-            break
-    said += process.stderr.readlines()
-    process.stderr.close()
-    return process.wait(), "".join(said)
+def saved_states(output):
+    """Whole states of the one run that has not finished, oldest first."""
+    (folder,) = (path.parent for path in (output.parent / ".state" / output.name).glob("*/lock"))
+    return sorted(folder.glob("step_*"))
+
+
+def contents(state):
+    return {path.name: file_sha256(path) for path in state.iterdir()}
 
 
 @pytest.mark.parametrize("step", [1, 4, STEPS - 1])
 def test_killed_run_ends_with_the_same_bits(world, uninterrupted, tmp_path, step):
     output = tmp_path / "pretrained_checkpoint"
-    code, _ = stop_after(start(world, output, *OVERRIDES), step, signal.SIGKILL)
+    code, _ = stop_after(world.training(output, *OVERRIDES), step, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not (output / "record.json").exists()
-    again = dinov3(*world.training(output, *OVERRIDES))
+    again = fork(*world.training(output, *OVERRIDES))
     assert again.returncode == 0, again.stderr
     assert digests(output) == digests(uninterrupted)
 
@@ -64,10 +62,10 @@ def test_killed_run_ends_with_the_same_bits(world, uninterrupted, tmp_path, step
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_says_how_to_go_on_and_exits_with_130(world, uninterrupted, tmp_path, number):
     output = tmp_path / "pretrained_checkpoint"
-    code, said = stop_after(start(world, output, *OVERRIDES), 3, number)
+    code, said = stop_after(world.training(output, *OVERRIDES), 3, number)
     assert code == 130
     assert "run the same command to go on" in said
-    again = dinov3(*world.training(output, *OVERRIDES))
+    again = fork(*world.training(output, *OVERRIDES))
     assert "continuing at step" in again.stderr
     assert digests(output) == digests(uninterrupted)
     run = json.loads((output / "run.json").read_text())
@@ -76,16 +74,16 @@ def test_signal_saves_says_how_to_go_on_and_exits_with_130(world, uninterrupted,
 
 def test_workers_do_not_change_the_bits(world, uninterrupted, tmp_path):
     output = tmp_path / "pretrained_checkpoint"
-    done = dinov3(*world.training(output, *OVERRIDES, "run.num_workers=2"))
+    done = fork(*world.training(output, *OVERRIDES, "run.num_workers=2"))
     assert done.returncode == 0, done.stderr
     assert digests(output) == digests(uninterrupted)
 
 
 def test_changed_recipe_starts_afresh_and_says_so(world, tmp_path):
     output = tmp_path / "pretrained_checkpoint"
-    code, _ = stop_after(start(world, output, *OVERRIDES), 4, signal.SIGTERM)
+    code, _ = stop_after(world.training(output, *OVERRIDES), 4, signal.SIGTERM)
     assert code == 130
-    other = dinov3(*world.training(output, *OVERRIDES, "seed=5"))
+    other = fork(*world.training(output, *OVERRIDES, "seed=5"))
     assert other.returncode == 0, other.stderr
     assert "starting afresh" in other.stderr
     assert read_record(output / "record.json").seeds == {"seed": 5}
@@ -93,14 +91,14 @@ def test_changed_recipe_starts_afresh_and_says_so(world, tmp_path):
 
 def test_finished_run_is_extended_and_names_the_run_before(world, tmp_path):
     output, longer = tmp_path / "pretrained_checkpoint", tmp_path / "longer"
-    dinov3(*world.training(output, *OVERRIDES))
+    fork(*world.training(output, *OVERRIDES))
     before = read_record(output / "record.json")
-    state = tmp_path / ".state" / "pretrained_checkpoint" / "finished" / f"step_{STEPS:09d}.pt"
+    state = tmp_path / ".state" / "pretrained_checkpoint" / "finished" / f"step_{STEPS:09d}"
     more = f"schedules.num_steps={STEPS + 3}"
-    in_place = dinov3(*world.training(output, more), "--resume", state)
+    in_place = fork(*world.training(output, more), "--resume", state)
     assert in_place.returncode == 2
     assert "Choose another --output" in in_place.stderr
-    done = dinov3(*world.training(longer, more), "--resume", state)
+    done = fork(*world.training(longer, more), "--resume", state)
     assert done.returncode == 0, done.stderr
     record = read_record(longer / "record.json")
     assert record.steps == {"planned": STEPS + 3, "performed": STEPS + 3}
@@ -112,29 +110,61 @@ def test_finished_run_is_extended_and_names_the_run_before(world, tmp_path):
 
 def test_damaged_state_is_refused_and_says_what_to_do(world, uninterrupted, tmp_path):
     output = tmp_path / "pretrained_checkpoint"
-    code, _ = stop_after(start(world, output, *OVERRIDES), 4, signal.SIGTERM)
+    code, _ = stop_after(world.training(output, *OVERRIDES), 4, signal.SIGTERM)
     assert code == 130
-    newest = max((tmp_path / ".state" / "pretrained_checkpoint").rglob("step_*.pt"))
-    data = bytearray(newest.read_bytes())
+    newest = saved_states(output)[-1]
+    shard = newest / "rank_00000.safetensors"
+    data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
-    newest.write_bytes(bytes(data))
-    refused = dinov3(*world.training(output, *OVERRIDES))
+    shard.write_bytes(bytes(data))
+    refused = fork(*world.training(output, *OVERRIDES))
     assert refused.returncode == 2
     assert "Remove it to continue from an older one" in refused.stderr
-    newest.unlink()
-    again = dinov3(*world.training(output, *OVERRIDES))
+    shutil.rmtree(newest)
+    again = fork(*world.training(output, *OVERRIDES))
     assert again.returncode == 0, again.stderr
     assert digests(output) == digests(uninterrupted)
 
 
+def test_stopped_extension_goes_on_and_names_the_run_before(world, uninterrupted, tmp_path):
+    state = uninterrupted.parent / ".state" / "pretrained_checkpoint" / "finished"
+    more = (f"schedules.num_steps={STEPS + 4}", "run.checkpoint_every=2")
+    whole, stopped = (tmp_path / name / "pretrained_checkpoint" for name in ("one", "two"))
+    extended = [
+        (*world.training(output, *more), "--resume", state / f"step_{STEPS:09d}")
+        for output in (whole, stopped)
+    ]
+    assert fork(*extended[0]).returncode == 0
+    code, _ = stop_after(extended[1], STEPS + 1, signal.SIGTERM)
+    assert code == 130
+    again = fork(*extended[1])
+    assert f"continuing at step {STEPS + 1}" in again.stderr
+    assert digests(stopped) == digests(whole)
+    assert "resume" in {edge.role for edge in read_record(stopped / "record.json").inputs}
+
+
 def test_extension_with_other_settings_is_refused(world, tmp_path):
     output = tmp_path / "pretrained_checkpoint"
-    dinov3(*world.training(output, *OVERRIDES))
-    state = tmp_path / ".state" / "pretrained_checkpoint" / "finished" / f"step_{STEPS:09d}.pt"
+    fork(*world.training(output, *OVERRIDES))
+    state = tmp_path / ".state" / "pretrained_checkpoint" / "finished" / f"step_{STEPS:09d}"
     other = ("schedules.num_steps=20", "losses.koleo=0.5")
-    done = dinov3(*world.training(tmp_path / "longer", *other), "--resume", state)
+    done = fork(*world.training(tmp_path / "longer", *other), "--resume", state)
     assert done.returncode == 2
     assert "other settings, got losses.koleo" in done.stderr
+
+
+def test_run_that_is_being_trained_is_refused_a_second_time(world, uninterrupted, tmp_path):
+    output = tmp_path / "pretrained_checkpoint"
+    arguments = world.training(output, *OVERRIDES)
+    first = Fork(*arguments, signal_at=("step 2/", signal.SIGSTOP))
+    first.until("step 2/")
+    second = fork(*arguments)
+    assert second.returncode == 2
+    assert f"being trained by process {first.pid}" in second.stderr
+    first.send_signal(signal.SIGCONT)
+    end = first.wait()
+    assert end.returncode == 0, end.stderr
+    assert digests(output) == digests(uninterrupted)
 
 
 def limit_file_size():
@@ -145,17 +175,16 @@ def limit_file_size():
 def test_full_disk_is_one_clear_error_and_costs_no_finished_work(world, uninterrupted, tmp_path):
     """A limit on file sizes fails the checkpoint's write as a full disk does."""
     output = tmp_path / "pretrained_checkpoint"
-    code, _ = stop_after(start(world, output, *OVERRIDES), 3, signal.SIGTERM)
+    code, _ = stop_after(world.training(output, *OVERRIDES), 3, signal.SIGTERM)
     assert code == 130
-    good = max((tmp_path / ".state" / "pretrained_checkpoint").rglob("step_*.pt"))
-    before = file_sha256(good)
-    full = dinov3(*world.training(output, *OVERRIDES), preexec_fn=limit_file_size)
+    good = {path: contents(path) for path in saved_states(output)}
+    full = fork(*world.training(output, *OVERRIDES), prepare=limit_file_size)
     assert full.returncode == 2
     assert "could not be written" in full.stderr
     assert "Traceback" not in full.stderr
-    assert file_sha256(good) == before
-    assert not list(good.parent.glob("*.tmp"))
-    again = dinov3(*world.training(output, *OVERRIDES))
+    assert {path: contents(path) for path in saved_states(output)} == good
+    assert not list((output.parent / ".state").rglob(".step_*"))
+    again = fork(*world.training(output, *OVERRIDES))
     assert again.returncode == 0, again.stderr
     assert digests(output) == digests(uninterrupted)
 
@@ -163,7 +192,7 @@ def test_full_disk_is_one_clear_error_and_costs_no_finished_work(world, uninterr
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_output_is_one_clear_error(world, tmp_path):
     tmp_path.chmod(0o500)
-    done = dinov3(*world.training(tmp_path / "out" / "pretrained_checkpoint", *OVERRIDES))
+    done = fork(*world.training(tmp_path / "out" / "pretrained_checkpoint", *OVERRIDES))
     tmp_path.chmod(0o700)
     assert done.returncode == 2
     assert "cannot be written" in done.stderr
@@ -171,7 +200,7 @@ def test_unwritable_output_is_one_clear_error(world, tmp_path):
 
 def test_output_below_a_file_is_one_clear_error(world, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = dinov3(*world.training(tmp_path / "file" / "pretrained_checkpoint", *OVERRIDES))
+    done = fork(*world.training(tmp_path / "file" / "pretrained_checkpoint", *OVERRIDES))
     assert done.returncode == 2
     assert "cannot be written" in done.stderr
 
@@ -180,7 +209,7 @@ def test_collapsed_run_is_refused_and_says_why(world, tmp_path):
     """Without anything to tell images apart the features collapse, and health stops the stage."""
     output = tmp_path / "pretrained_checkpoint"
     collapsing = ("health.after_step=5", "health.min_participation_ratio=1000", *OVERRIDES)
-    done = dinov3(*world.training(output, *collapsing))
+    done = fork(*world.training(output, *collapsing))
     assert done.returncode == 3
     verdict = json.loads((output / "health.json").read_text())
     assert verdict["passed"] is False
@@ -191,11 +220,11 @@ def test_collapsed_run_is_refused_and_says_why(world, tmp_path):
 def test_non_finite_step_updates_nothing_and_ends_the_run(world, tmp_path):
     output = tmp_path / "pretrained_checkpoint"
     wild = ("schedules.lr.peak=1e38", "schedules.lr.warmup_steps=0", *OVERRIDES)
-    done = dinov3(*world.training(output, *wild))
+    done = fork(*world.training(output, *wild))
     assert done.returncode == 3
-    assert "nothing was updated" in done.stderr
-    (dump,) = (tmp_path / ".state" / "pretrained_checkpoint").rglob("non_finite/step_*.pt")
-    assert dump.exists()
+    assert "nothing of it was updated" in done.stderr
+    (dump,) = (tmp_path / ".state" / "pretrained_checkpoint").rglob("non_finite/step_*")
+    assert (dump / "state.json").exists()
 
 
 def test_student_and_teacher_differ_and_carry_the_names_of_the_backbone(uninterrupted):
@@ -212,8 +241,8 @@ def test_student_and_teacher_differ_and_carry_the_names_of_the_backbone(uninterr
 
 def test_events_stand_once_each_whatever_happened(world, tmp_path):
     output = tmp_path / "pretrained_checkpoint"
-    stop_after(start(world, output, *OVERRIDES), 5, signal.SIGKILL)
-    again = dinov3(*world.training(output, *OVERRIDES))
+    stop_after(world.training(output, *OVERRIDES), 5, signal.SIGKILL)
+    again = fork(*world.training(output, *OVERRIDES))
     assert again.returncode == 0, again.stderr
     lines = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))

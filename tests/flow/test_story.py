@@ -12,13 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import polars as pl
 import psutil
 import pytest
 import yaml
 from PIL import Image
 
 from dinov3.release.record import read_record
-from orchestration.stages import CHECKOUT
+from orchestration.stages import CHECKOUT, checkout_pipeline
 from tests.flow.conftest import draw_pictures
 
 STAGES = (
@@ -28,6 +29,7 @@ STAGES = (
     "pretrained_checkpoint",
     "eval_reports/pretrained",
 )
+LAST = "eval_reports@pretrained"  # the thread that most tests follow
 
 
 class Checkout:
@@ -76,13 +78,17 @@ class Checkout:
         """The checkout's own dvc."""
         return self.run(self.root / "tools" / "dvc", *arguments)
 
-    def dagster(self) -> tuple[str | Path, ...]:
-        """The command that materializes everything."""
+    def repro(self, *targets: str) -> str:
+        """`dvc repro` of the thread that most tests follow."""
+        return self.dvc("repro", *(targets or (LAST,)))
+
+    def dagster(self, selection: str = "*eval_reports_pretrained") -> tuple[str | Path, ...]:
+        """The command that materializes the same thread."""
         (self.root / ".dagster").mkdir(exist_ok=True)
         shutil.copy2(self.root / "orchestration" / "dagster.yaml", self.root / ".dagster")
         dagster = Path(sys.executable).parent / "dagster"
-        selection = ("--select", "*", "-m", "orchestration.definitions")
-        return (dagster, "asset", "materialize", *selection)
+        chosen = ("--select", selection, "-m", "orchestration.definitions")
+        return (dagster, "asset", "materialize", *chosen)
 
     def outputs(self) -> dict[str, str]:
         """Digest of every file that a record names."""
@@ -100,7 +106,7 @@ class Checkout:
     def settle(self, pretrain: str = "") -> dict[str, str]:
         """All made by dvc, with these overrides of training; returns the digests."""
         self.override(pretrain)
-        self.dvc("repro")
+        self.repro()
         return self.outputs()
 
     def override(self, pretrain: str) -> None:
@@ -131,14 +137,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 def by_shell(checkout: Checkout) -> dict[str, str]:
     """Digests after `dvc repro` in the shell."""
     checkout.reset()
-    assert checkout.ran(checkout.dvc("repro")) == set(STAGES)
+    assert checkout.ran(checkout.repro()) == set(STAGES)
     return checkout.outputs()
 
 
 def test_after_the_first_run_all_is_up_to_date(checkout, by_shell):
     assert checkout.settle() == by_shell
-    assert "up to date" in checkout.dvc("status")
-    assert checkout.ran(checkout.dvc("repro")) == set()
+    assert "up to date" in checkout.dvc("status", LAST, "--with-deps")
+    assert checkout.ran(checkout.repro()) == set()
     lineage = ("lineage", "data/eval_reports/pretrained")
     said = checkout.run(sys.executable, "-m", "dinov3", *lineage)
     assert all(stage.partition("/")[0] in said for stage in STAGES)
@@ -148,14 +154,14 @@ def test_materializing_everything_afterwards_changes_no_digest(checkout, by_shel
     assert checkout.settle() == by_shell
     checkout.run(*checkout.dagster())
     assert checkout.outputs() == by_shell
-    assert "up to date" in checkout.dvc("status")
+    assert "up to date" in checkout.dvc("status", LAST, "--with-deps")
 
 
 def test_touching_a_picture_runs_nothing(checkout, by_shell):
     checkout.settle()
     (checkout.root / "pictures" / "line" / "000.png").touch()
-    assert "up to date" in checkout.dvc("status")
-    assert checkout.ran(checkout.dvc("repro")) == set()
+    assert "up to date" in checkout.dvc("status", LAST, "--with-deps")
+    assert checkout.ran(checkout.repro()) == set()
 
 
 def test_report_holds_the_model_beside_its_baselines(checkout, by_shell):
@@ -169,7 +175,7 @@ def test_the_other_door_first_gives_the_same_digests(checkout, by_shell):
     checkout.reset()
     checkout.run(*checkout.dagster())
     assert checkout.outputs() == by_shell
-    assert checkout.ran(checkout.dvc("repro")) == set()
+    assert checkout.ran(checkout.repro()) == set()
 
 
 def test_one_more_picture_re_runs_exactly_what_descends_from_it(checkout, by_shell):
@@ -177,7 +183,7 @@ def test_one_more_picture_re_runs_exactly_what_descends_from_it(checkout, by_she
     extra = checkout.root / "pictures" / "line" / "extra.png"
     Image.new("RGB", (50, 40), "orange").save(extra)
     try:
-        assert checkout.ran(checkout.dvc("repro")) == set(STAGES)
+        assert checkout.ran(checkout.repro()) == set(STAGES)
     finally:
         extra.unlink()
 
@@ -191,14 +197,40 @@ def test_picture_changed_in_place_with_its_time_restored_is_noticed(checkout, by
     path.write_bytes(bytes(changed))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     try:
-        assert "image_manifest" in checkout.dvc("status")
+        assert "image_manifest" in checkout.dvc("status", LAST, "--with-deps")
     finally:
         path.write_bytes(data)
 
 
+@pytest.fixture
+def captioned(tmp_path: Path) -> Checkout:
+    """Cut-outs with captions: what every stage of the pipeline can work on."""
+    checkout = Checkout(tmp_path)
+    rows = []
+    for path in sorted((tmp_path / "pictures").rglob("*.png")):
+        picture = Image.open(path).convert("RGBA")
+        picture.putalpha(Image.new("L", picture.size, 255))
+        picture.paste((0, 0, 0, 0), (0, 0, picture.width // 3, picture.height))
+        picture.save(path)
+        shape, number = path.parent.name, len(rows)
+        rows.append({"path": str(path), "label": shape, "caption": f"{shape} number {number}"})
+    pl.DataFrame(rows).write_parquet(tmp_path / "pictures.parquet")
+    params = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    params["source"] = "parquet:pictures.parquet"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    return checkout
+
+
+def test_every_artifact_is_made_by_one_materialization_and_follows_to_its_pictures(captioned):
+    captioned.run(*captioned.dagster("*"))
+    assert "up to date" in captioned.dvc("status")
+    for key in checkout_pipeline().artifacts.values():
+        captioned.run(sys.executable, "-m", "dinov3", "lineage", key.folder)
+
+
 def wait_for_training(root: Path, step: int) -> psutil.Process:
     """The training stage, once it has written the state after so many steps."""
-    while not list((root / "data" / ".state").rglob(f"step_{step:09d}.pt")):
+    while not list((root / "data" / ".state").glob(f"*/*/step_{step:09d}")):
         time.sleep(0.02)
     for process in psutil.process_iter(["cmdline", "cwd"]):
         if "train" in (process.info["cmdline"] or []) and process.info["cwd"] == str(root):
@@ -229,7 +261,7 @@ def longer(checkout: Checkout) -> dict[str, str]:
 @pytest.mark.parametrize("victim", ["stage", "dvc"])
 def test_shell_run_killed_with_9_leaves_no_orphan_and_ends_the_same(checkout, longer, victim, step):
     checkout.reset(LONGER)
-    process = checkout.start(checkout.root / "tools" / "dvc", "repro")
+    process = checkout.start(checkout.root / "tools" / "dvc", "repro", LAST)
     training = wait_for_training(checkout.root, step)
     everyone = family(psutil.Process(process.pid))
     (training if victim == "stage" else psutil.Process(process.pid)).send_signal(signal.SIGKILL)

@@ -13,6 +13,7 @@ from dinov3.data.augment import (
     Batch,
     CropParameters,
     CropRecipe,
+    View,
     cut,
     draw_parameters,
     gallery,
@@ -227,3 +228,34 @@ def test_crops_of_several_sizes_are_refused():
 def test_an_empty_list_of_backgrounds_is_refused():
     with pytest.raises(ConfigError, match="backgrounds: at least one"):
         dataclasses.replace(PLAIN, backgrounds=())
+
+
+def batch_with(view: View) -> tuple[Augmentation, Batch]:
+    """Two images, whose view has the very crops the recipe makes too."""
+    pipeline = dataclasses.replace(FULL, views=(view,))
+    drawn = draw(2)
+    global_crops, local_crops = noise(4, 16), noise(6, 8)
+    views = {view: global_crops if view.kind == "global" else local_crops}
+    return pipeline, Batch(0, np.arange(2), global_crops, local_crops, drawn, views)
+
+
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_a_view_is_distorted_as_its_crops_are(kind):
+    view = View(kind, 16 if kind == "global" else 8)
+    pipeline, batch = batch_with(view)
+    expected = dict(zip(("global", "local"), pipeline.apply(batch, "cpu"), strict=True))[kind]
+    torch.testing.assert_close(pipeline.apply_view(batch, view, "cpu"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_an_undistorted_view_is_only_mirrored_and_normalised(kind):
+    view = View(kind, 16 if kind == "global" else 8, is_distorted=False)
+    pipeline, batch = batch_with(view)
+    split = len(batch.global_crops)
+    flips = batch.parameters.flip[:split] if kind == "global" else batch.parameters.flip[split:]
+    assert 0 < flips.sum() < len(flips)
+    mean, std = (torch.tensor(one).view(3, 1, 1) for one in (pipeline.mean, pipeline.std))
+    found = pipeline.apply_view(batch, view, "cpu")
+    for crop, is_flipped, own in zip(batch.views[view], flips, found, strict=True):
+        expected = (crop.flip(-1) if is_flipped else crop) / 255
+        torch.testing.assert_close(own, (expected - mean) / std, rtol=1e-4, atol=1e-5)

@@ -1,17 +1,28 @@
 """What the blocking checks say of files as stages leave them."""
 
+import hashlib
 import json
 
 import polars as pl
 import pytest
 
-from assets.checks import curation_sane, manifest_verdict, report_bound, training_health
+from assets.checks import (
+    captions_whole,
+    choice_bound,
+    curation_sane,
+    manifest_verdict,
+    report_bound,
+    training_health,
+)
 from dinov3.release.record import Edge
 from dinov3.stage import open_stage
 
 EXPECTATION = {"name": "unique", "column": "path", "observed": 3, "threshold": 0}
 HEALTH = {"passed": True, "reason": None, "metrics": {"rank": 9.0}, "thresholds": {"rank": 7}}
 WEIGHTS = "a" * 64
+OTHER = "c" * 64
+SNAPSHOT = b"weights of step 5"
+PAIR = {"path": "a.png", "sha256": WEIGHTS, "caption": "a stamp", "split": "train"}
 
 
 def leave(folder, name, value):
@@ -29,6 +40,33 @@ def report_of(folder, weights):
     return folder
 
 
+def comparison_of(folder, *named):
+    """A report of several models whose record names WEIGHTS and OTHER; returns its folder."""
+    models = [{"sha256": weights, "record": record * 64} for weights, record in named]
+    with open_stage("eval_reports_phases", folder, config={}) as stage:
+        for weights, record in ((WEIGHTS, "b"), (OTHER, "d")):
+            edge = Edge(f"model {record}", "backbone.safetensors", weights, record * 64)
+            stage.add_edge(edge, ())
+        stage.path("report.json").write_text(json.dumps({"models": models}))
+        stage.path("report.html").write_text("<html>")
+    return folder
+
+
+def choice_of(folder, *, step=5, record="b", weights=SNAPSHOT):
+    """A Gram teacher that read a checkpoint's snapshots of steps 2 and 5; returns its folder."""
+    with open_stage("gram_teacher", folder, config={}) as stage:
+        stage.add_edge(Edge("model config", "config.json", OTHER, "b" * 64), ())
+        for known in (2, 5):
+            sha256 = hashlib.sha256(b"weights of step %d" % known).hexdigest()
+            name = f"snapshots/step_{known:09d}.safetensors"
+            stage.add_edge(Edge(f"snapshot {known}", name, sha256, record * 64), ())
+        choice = {"rule": "step", "step": step, "available": [2, 5]}
+        stage.path("choice.json").write_text(json.dumps(choice))
+    # not a stage's output here: its bytes are no tensors
+    (folder / "backbone.safetensors").write_bytes(weights)
+    return folder
+
+
 def test_met_expectations_pass(tmp_path):
     verdict = {"passed": True, "rows": 3, "expectations": [{**EXPECTATION, "passed": True}]}
     judgement = manifest_verdict(leave(tmp_path, "verdict.json", verdict))
@@ -43,7 +81,17 @@ def test_failed_expectation_is_named_whatever_the_verdict_says(tmp_path, passed)
     assert judgement.description == "unique of path: observed 3, wanted 0"
 
 
-@pytest.mark.parametrize("check", [manifest_verdict, curation_sane, training_health, report_bound])
+@pytest.mark.parametrize(
+    "check",
+    [
+        manifest_verdict,
+        curation_sane,
+        training_health,
+        choice_bound,
+        captions_whole,
+        report_bound,
+    ],
+)
 def test_missing_file_is_red(tmp_path, check):
     judgement = check(tmp_path)
     assert not judgement.passed
@@ -66,7 +114,7 @@ def test_curation_keeps_something_and_says_why_not_the_rest(tmp_path, kept, reas
 
 
 def test_health_is_as_the_run_left_it(tmp_path):
-    assert training_health(leave(tmp_path, "health.json", HEALTH)).passed
+    assert training_health(leave(tmp_path, "health.json", HEALTH)).passed is True
     collapsed = {**HEALTH, "passed": False, "reason": "rank 1.0 below 7"}
     judgement = training_health(leave(tmp_path, "health.json", collapsed))
     assert (judgement.passed, judgement.description) == (False, "rank 1.0 below 7")
@@ -74,9 +122,73 @@ def test_health_is_as_the_run_left_it(tmp_path):
     assert not training_health(leave(tmp_path, "health.json", unmeasured)).passed
 
 
+def test_health_shows_metrics_beside_the_limits_of_the_recipe(tmp_path):
+    thresholds = {"min_rank": 7, "max_cosine": 0.5, "num_images": 4, "non_finite": "stop"}
+    health = {**HEALTH, "metrics": {"rank": 9.0, "cosine": 0.25}, "thresholds": thresholds}
+    judgement = training_health(leave(tmp_path, "health.json", health))
+    assert judgement.description == "healthy; rank 9, at least 7; cosine 0.25, at most 0.5"
+    assert judgement.facts == {
+        "rank": 9.0,
+        "cosine": 0.25,
+        "threshold/min_rank": 7,
+        "threshold/max_cosine": 0.5,
+        "threshold/num_images": 4,
+        "threshold/non_finite": "stop",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "the snapshot of step 5"),
+        ({"step": 4}, "no snapshot of the checkpoint it read, got step 4"),
+        ({"record": "e"}, "no snapshot of the checkpoint it read, got step 5"),
+        ({"step": 2}, "the weights are not those of the snapshot of step 2"),
+        ({"weights": b"edited"}, "the weights are not those of the snapshot of step 5"),
+    ],
+)
+def test_chosen_teacher_is_a_snapshot_of_the_checkpoint_it_read(tmp_path, changed, said):
+    judgement = choice_bound(choice_of(tmp_path / "teacher", **changed))
+    assert (judgement.passed, judgement.description) == (not changed, said)
+
+
+@pytest.mark.parametrize(
+    ("changed", "passed"),
+    [
+        ({}, True),
+        ({"caption": None}, False),
+        ({"caption": " "}, False),
+        ({"path": ""}, False),
+        ({"sha256": None}, False),
+        ({"split": "test"}, False),
+    ],
+)
+def test_caption_pairs_have_both_sides_and_something_to_train_on(tmp_path, changed, passed):
+    pair = {**PAIR, **changed}
+    pl.DataFrame([pair], schema=dict.fromkeys(pair, pl.String)).write_parquet(
+        tmp_path / "pairs.parquet"
+    )
+    assert captions_whole(tmp_path).passed is passed
+
+
+@pytest.mark.parametrize(
+    ("named", "passed"),
+    [
+        (((WEIGHTS, "b"), (OTHER, "d")), True),
+        (((OTHER, "d"), (WEIGHTS, "b")), True),
+        (((WEIGHTS, "b"),), False),
+        (((WEIGHTS, "d"), (OTHER, "b")), False),
+        (((WEIGHTS, "b"), (OTHER, "d"), ("f" * 64, "d")), False),
+        ((), False),
+    ],
+)
+def test_comparison_names_exactly_the_models_of_its_record(tmp_path, named, passed):
+    assert report_bound(comparison_of(tmp_path / "phases", *named)).passed is passed
+
+
 def test_report_must_name_the_weights_of_its_record(tmp_path):
     assert report_bound(report_of(tmp_path / "bound", WEIGHTS)).passed
-    judgement = report_bound(report_of(tmp_path / "other", "c" * 64))
+    judgement = report_bound(report_of(tmp_path / "other", OTHER))
     assert "of other weights than its record" in judgement.description
     assert not judgement.passed
 

@@ -7,10 +7,11 @@ import torch
 
 from dinov3.errors import ConfigError, DataError
 from dinov3.heads.projection import ProjectionHead
-from dinov3.models.vit import build_vit
+from dinov3.models.vit import VisionTransformer, ViTConfig, build_vit
 from dinov3.train.health import (
     cls_patch_cosine,
     collapse_reason,
+    gram_distance,
     is_finite,
     mean_cosine,
     measure,
@@ -204,3 +205,28 @@ def test_a_head_with_one_winning_prototype_is_caught():
     assert metrics["prototype_entropy"] == pytest.approx(0, abs=1e-6)
     limits = {"min_prototype_entropy": LIMITS["min_prototype_entropy"]}
     assert "prototype_entropy" in str(collapse_reason(metrics, limits))
+
+
+def two_backbones() -> tuple[torch.nn.Module, torch.nn.Module]:
+    config = ViTConfig(embed_dim=16, depth=1, num_heads=2, patch_size=8, layerscale=0.5)
+    torch.manual_seed(0)
+    return VisionTransformer(config).eval(), VisionTransformer(config).eval()
+
+
+def test_gram_distance_is_the_mean_squared_difference_of_patch_cosines():
+    """Written out, over more images than are seen at once."""
+    ours, theirs = two_backbones()
+    images = noise(70, 3, 16, 24)
+    gaps = []
+    with torch.no_grad():
+        for model in (ours, theirs):
+            patches = model.forward_features(images)["x_norm_patchtokens"]
+            unit = patches / patches.norm(dim=-1, keepdim=True)
+            gaps.append(unit @ unit.mT)
+    expected = (gaps[0] - gaps[1]).square().mean().item()
+    assert gram_distance(ours, patches_of(theirs), images) == pytest.approx(expected, rel=1e-4)
+    assert gram_distance(ours, patches_of(ours), images) == 0
+
+
+def patches_of(model):
+    return lambda images: model.forward_features(images)["x_norm_patchtokens"]

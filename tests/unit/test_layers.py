@@ -68,6 +68,52 @@ def test_explicit_generator_leaves_the_default_one_alone():
     assert not torch.equal(torch.get_rng_state(), before)
 
 
+def draws_of(generator: int, depth: int | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """RoPE tables of every block, and the tokens after them, for two seeds."""
+    model = tiny(rope_rescale=2.0, drop_path=0.5).train()
+    tables: list[torch.Tensor] = []
+    model.rope_embed.register_forward_hook(lambda _, __, drawn: tables.append(drawn[0]))
+    seeds = [seed and torch.Generator().manual_seed(seed) for seed in (generator, depth)]
+    model.set_generator(*seeds)
+    return tables, model(GLOBAL).detach()
+
+
+def test_stochastic_depth_can_draw_apart_from_the_positions():
+    (tables, output), (same, other), (moved, _) = (draws_of(*s) for s in ((3, 7), (3, 8), (4, 7)))
+    assert len(tables) == 3
+    assert all(torch.equal(*pair) for pair in zip(tables, same, strict=True))
+    assert not torch.equal(output, other)
+    assert not any(torch.equal(*pair) for pair in zip(tables, moved, strict=True))
+    assert torch.equal(draws_of(3, 7)[1], output)
+
+
+def test_without_a_source_of_its_own_depth_shares_the_generator():
+    assert not torch.equal(draws_of(3, None)[1], draws_of(4, None)[1])
+    assert not torch.equal(draws_of(3, None)[0][1], draws_of(3, 3)[0][1])  # it took draws between
+
+
+def test_a_block_computes_the_same_twice_and_draws_nothing():
+    model = tiny(drop_path=0.5).train()
+    block = model.blocks[0]
+    tokens, shapes = pack([pictures(4, 5, 32)])
+    rotation = [model.rope_embed.rotation(2, 2, num_prefix=1)]
+    kept = block.draw_kept(shapes, tokens.device, torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+    first = block(tokens, shapes, rotation, kept)
+    assert torch.equal(block(tokens, shapes, rotation, kept), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(block(tokens, shapes, rotation), first)
+
+
+def test_a_block_that_drops_nothing_takes_no_draws():
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    shapes, cpu = [(4, 5)], torch.device("cpu")
+    assert tiny().train().blocks[0].draw_kept(shapes, cpu, generator) is None
+    assert tiny(drop_path=0.5).eval().blocks[0].draw_kept(shapes, cpu, generator) is None
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_evaluation_draws_nothing():
     model = tiny(rope_rescale=2.0, rope_shift=0.1, rope_jitter=1.1, drop_path=0.5).eval()
     before = torch.get_rng_state()
@@ -241,7 +287,10 @@ def test_stochastic_depth_keeps_the_expectation():
     block = model.blocks[0]
     # the second branch is silenced: it would see what the first one has added
     torch.nn.init.zeros_(block.mlp.fc2.weight)
-    draws = [block(tokens, shapes, rotation, generator) - tokens for _ in range(400)]
+    draws = [
+        block(tokens, shapes, rotation, block.draw_kept(shapes, tokens.device, generator)) - tokens
+        for _ in range(400)
+    ]
     exact = block.eval()(tokens, shapes, rotation) - tokens
     torch.testing.assert_close(
         torch.stack(draws).mean(0), exact, rtol=0, atol=0.2 * exact.abs().max()

@@ -15,7 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3.data.augment import Augmentation, Batch, CropRecipe, cut, draw_parameters
+from dinov3.data.augment import (
+    Augmentation,
+    Batch,
+    CropParameters,
+    CropRecipe,
+    View,
+    cut,
+    draw_parameters,
+)
 from dinov3.data.decode import composite, decode_image
 from dinov3.data.loader import ImageSet, TrainingLoader
 from dinov3.data.sources import open_source
@@ -274,3 +282,84 @@ def test_an_interpreter_ends_although_batches_are_still_open(tmp_path):
     assert "leaving with batches still open" in errors
     assert child.returncode == 1
     assert is_gone(worker)
+
+
+VIEWS = (View("global", 24), View("local", 12, is_distorted=False), View("global", 8))
+WITH_VIEWS = dataclasses.replace(AUGMENTATION, views=VIEWS)
+
+
+def parts_of(batch: Batch) -> dict[str, object]:
+    """Everything in a batch, by name."""
+    names = [one.name for one in dataclasses.fields(CropParameters)]
+    drawn = {name: getattr(batch.parameters, name) for name in names}
+    plain = {"indices": batch.indices, "global": batch.global_crops, "local": batch.local_crops}
+    return {**plain, **drawn, **{str(view): crops for view, crops in batch.views.items()}}
+
+
+def assert_same_batch(found: Batch, expected: Batch) -> None:
+    assert found.step == expected.step
+    ours, theirs = parts_of(found), parts_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert np.array_equal(np.asarray(ours[name]), np.asarray(value)), name
+
+
+@pytest.mark.parametrize("rows", [range(2), range(2, 6), range(5, 6), range(6)])
+def test_rows_of_a_batch_are_the_batch_of_those_rows(images, rows):
+    """What a rank builds for itself is its part of what one process would have built."""
+    options = {"augmentation": WITH_VIEWS, "batch_size": 6, "num_steps": 3}
+    for whole, own in zip(
+        loader(images, **options), loader(images, rows=rows, **options), strict=True
+    ):
+        assert len(own.indices) == len(rows)
+        assert_same_batch(whole.rows(rows.start, rows.stop), own)
+        assert_same_batch(whole.pick(list(rows)), own)
+
+
+def test_picked_images_keep_their_crops_and_what_was_drawn(images):
+    whole = next(iter(loader(images, augmentation=WITH_VIEWS, batch_size=6)))
+    picked = whole.pick([4, 1])
+    assert picked.indices.tolist() == whole.indices[[4, 1]].tolist()
+    for place, image in enumerate([4, 1]):
+        for crop in range(2):
+            assert torch.equal(
+                picked.global_crops[2 * crop + place], whole.global_crops[6 * crop + image]
+            )
+        assert_same_batch(picked.rows(place, place + 1), whole.rows(image, image + 1))
+
+
+def test_nothing_picked_is_an_empty_batch(images):
+    whole = next(iter(loader(images, augmentation=WITH_VIEWS, batch_size=6)))
+    nothing = whole.pick([])
+    assert nothing.global_crops.shape == (0, 3, 16, 16)
+    assert nothing.views[VIEWS[1]].shape == (0, 3, 12, 12)
+    assert len(nothing.indices) == len(nothing.parameters.box) == 0
+
+
+def test_views_are_the_same_cuts_at_their_own_sizes(images):
+    batch = next(
+        iter(loader(images, augmentation=dataclasses.replace(WITH_VIEWS, cache_size=None)))
+    )
+    assert list(batch.views) == list(VIEWS)
+    pictures = [decode_image(images.read(int(index))) for index in batch.indices]
+    drawn, num_global = batch.parameters, len(batch.global_crops)
+    for view, crops in batch.views.items():
+        first = 0 if view.kind == "global" else num_global
+        for row, crop in enumerate(crops):
+            background = AUGMENTATION.backgrounds[drawn.background[first + row]]
+            opaque = composite(pictures[row % len(pictures)], background)
+            expected = cut(opaque, drawn.box[first + row], view.size)
+            assert np.array_equal(crop.permute(1, 2, 0).numpy(), expected)
+
+
+def test_views_change_nothing_else_of_a_batch(images):
+    plain = next(iter(loader(images)))
+    with_views = next(iter(loader(images, augmentation=WITH_VIEWS)))
+    assert digest(plain) == digest(with_views)
+
+
+def test_a_batch_without_local_crops_has_none(images):
+    alone = dataclasses.replace(AUGMENTATION, local_crops=None)
+    batch = next(iter(loader(images, augmentation=alone)))
+    assert len(batch.local_crops) == 0
+    assert len(batch.parameters.box) == len(batch.global_crops) == 8

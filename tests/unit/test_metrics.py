@@ -8,6 +8,7 @@ import pytest
 from dinov3.errors import DataError
 from dinov3.evals.metrics import (
     bootstrap_interval,
+    difference_from_copies,
     mean_cosine,
     mean_per_class,
     paired_difference,
@@ -109,3 +110,29 @@ def test_mean_cosine_equals_the_mean_over_pairs():
     expected = cosines[~np.eye(20, dtype=bool)].mean()
     assert mean_cosine(features) == pytest.approx(expected, abs=1e-6)
     assert mean_cosine(np.ones((4, 3))) == pytest.approx(1)
+
+
+def test_a_difference_from_one_copy_is_the_paired_difference():
+    ours, theirs = np.random.default_rng(0).random((2, 30))
+    found = difference_from_copies(ours, [theirs], 200, 3)
+    assert found == paired_difference(ours, theirs, 200, 3)
+
+
+def test_one_untrained_network_seldom_counts_as_better_than_others_that_are_no_different():
+    generator = np.random.default_rng(0)
+    wrong, wrong_by_samples = 0, 0
+    for trial in range(200):
+        hard = generator.random(80)  # every picture is as hard for all networks
+        skills = generator.normal(0, 0.1, 6)
+        ours, *copies = (hard + skill + generator.normal(0, 0.1, 80) for skill in skills)
+        found = difference_from_copies(ours, copies, 300, trial)
+        wrong += not found.low <= 0 <= found.high
+        by_samples = paired_difference(ours, np.mean(copies, axis=0), 300, trial)
+        wrong_by_samples += not by_samples.low <= 0 <= by_samples.high
+    assert wrong / 200 < 0.09
+    assert wrong_by_samples / 200 > 0.5
+
+
+def test_copies_of_other_samples_are_refused():
+    with pytest.raises(DataError, match=r"sizes differ, got \[4, 4, 3\]"):
+        difference_from_copies(np.ones(4), [np.ones(4), np.ones(3)], 10, 0)

@@ -16,7 +16,14 @@ from dinov3.errors import DataError
 from dinov3.evals.baselines import SUBJECTS
 from dinov3.evals.curves import read_curves
 from dinov3.evals.page import Pieces, render_page
-from dinov3.evals.pictures import NeighbourRow, PatchPicture, Shown, data_uri, pca_colours
+from dinov3.evals.pictures import (
+    NeighbourRow,
+    PatchPicture,
+    ScenePicture,
+    Shown,
+    data_uri,
+    pca_colours,
+)
 from dinov3.release.record import Edge
 
 HOSTILE = "<script>alert(1)</script> \"'&{{ 7 * 7 }}"
@@ -79,6 +86,7 @@ def make_report(**changes):
             "mean_cosine": 0.25,
         },
         "per_class": [{"label": HOSTILE, "num_train": 5, "num_test": 4, "model": 0.75}],
+        "scenes": {"num_train": 7, "num_test": 8, "per_class": [{"label": "tree", "model": 0.125}]},
         "choices": [],
         "missing": [],
         **changes,
@@ -91,13 +99,14 @@ def make_pieces():
     query = Shown(uri, HOSTILE, HOSTILE)
     found = tuple(Shown(uri, HOSTILE, "dog", right, 0.5) for right in (True, False))
     edge = Edge("manifest", HOSTILE, "f" * 64, "9" * 64)
-    return Pieces([NeighbourRow(query, found)], [PatchPicture(query, uri)], [], [edge])
+    scenes = ScenePicture(uri, ("scene", "mask", "model"), ((HOSTILE, "rgb(1, 2, 3)"),))
+    return Pieces([NeighbourRow(query, found)], [PatchPicture(query, uri)], [], [edge], scenes)
 
 
 def test_page_refers_to_nothing_outside_and_every_picture_decodes():
     page = render_page(make_report(), make_pieces())
     seen = Inspector(page)
-    assert len(seen.links) == 5
+    assert len(seen.links) == 6
     for link in seen.links:
         assert link.startswith("data:image/")
         data = base64.b64decode(link.partition("base64,")[2], validate=True)
@@ -141,13 +150,23 @@ def test_right_and_wrong_neighbours_differ_in_more_than_colour():
 
 
 def test_without_labels_or_pictures_the_page_still_stands():
-    empty = {"rows": [], "differences": [], "per_class": []}
+    empty = {"rows": [], "differences": [], "per_class": [], "scenes": None}
     missing = [{"protocol": "k-NN", "reason": "needs labels (sub-folders)"}]
     page = render_page(make_report(**empty, missing=missing), Pieces([], [], [], []))
     words = Inspector(page).words
     assert "Nothing could be judged" in words
     assert "k-NN: needs labels (sub-folders)" in words
     assert "Class by class" not in words
+    assert "Segmentation" not in words
+
+
+def test_scenes_stand_with_their_legend_and_the_figures_of_every_class():
+    page = render_page(make_report(), make_pieces())
+    words = Inspector(page).words
+    assert "trained on 7 scenes of training pictures and judged on 8 of held-out ones" in words
+    assert "scene mask model" in words
+    assert "tree 0.125" in words
+    assert b'style="background: rgb(1, 2, 3)"' in page
 
 
 def test_curves_are_drawn_from_losses_and_health_alone(tmp_path):
@@ -219,7 +238,7 @@ def test_a_browser_shows_the_table_and_the_pictures(tmp_path):
         [BROWSER, *flags, "--dump-dom", path.as_uri()], capture_output=True, check=True
     )
     seen = Inspector(done.stdout)
-    assert seen.tags.count("table") == 3
+    assert seen.tags.count("table") == 4
     assert "model" in seen.words
     assert "0.500" in seen.words
     subprocess.run(

@@ -53,8 +53,27 @@ def test_a_file_that_cannot_be_is_explained(tmp_path, text, message):
 def test_an_unknown_override_of_a_file_with_odd_keys_is_explained(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: demo/pretrain\n1: 2\n")
-    with pytest.raises(ConfigError, match=r"foo: unknown key, got 'foo'\. Valid here: 1, crops"):
+    expected = r"foo: unknown key, got 'foo'\. Valid here: 1, compute, crops, gram"
+    with pytest.raises(ConfigError, match=expected):
         load_recipe(str(path), ["foo=3"])
+
+
+def test_a_mapping_shared_by_an_alias_extends_its_parent_in_both_places(tmp_path):
+    path = tmp_path / "mine.yaml"
+    shared = "students: {one: &shared {extends: students/vits16}, two: *shared}"
+    path.write_text(f"extends: default/distill\n{shared}\n")
+    students = load_recipe(str(path), phase="distill").students
+    assert students["one"] == students["two"]
+    assert students["two"].model.embed_dim == 384
+
+
+def test_a_mapping_used_twice_is_no_circle(tmp_path):
+    path = tmp_path / "mine.yaml"
+    head = "{num_prototypes: 64, hidden_dim: 64, bottleneck_dim: 32}"
+    path.write_text(f"extends: demo/pretrain\nheads: {{dino: &head {head}, ibot: *head}}\n")
+    heads = load_recipe(str(path)).heads
+    assert heads.dino == heads.ibot
+    assert heads.ibot.bottleneck_dim == 32
 
 
 def test_bytes_that_are_no_text_are_explained(tmp_path):

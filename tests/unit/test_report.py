@@ -17,9 +17,13 @@ from dinov3.data.decode import decode_image, pixel_digest
 from dinov3.errors import CheckpointError, ConfigError, DataError, LineageBroken
 from dinov3.evals.baselines import SUBJECTS
 from dinov3.evals.candidate import open_candidate
+from dinov3.evals.dense import DENSE_PROTOCOLS
 from dinov3.evals.embed import embed_source
+from dinov3.evals.features import extract
 from dinov3.evals.folder import evaluate_folder, split_of
 from dinov3.evals.report import knn_summary, make_report
+from dinov3.evals.study import preparation
+from dinov3.models.convnext import ConvNeXtConfig
 from dinov3.models.vit import ViTConfig
 from dinov3.recipe import load_recipe
 from dinov3.release.record import canonical_json, file_sha256, read_record
@@ -37,6 +41,10 @@ def config(*overrides):
         "knn.ks=[3,5]",
         "logreg.num_c=2",
         "linear.num_steps=30",
+        "composites.size=32",
+        "composites.num_train=6",
+        "composites.num_test=4",
+        "segmentation.num_c=2",
         *overrides,
     ]
     return load_recipe("smoke_cpu", small, phase="evals")
@@ -46,6 +54,15 @@ def paint(path, colour, generator):
     noise = generator.integers(-30, 30, (24, 20, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.clip(noise + colour, 0, 255).astype(np.uint8)).save(path)
+
+
+def cut_out(path, colour, generator):
+    """A square of a colour on nothing."""
+    picture = Image.new("RGBA", (24, 24), (0, 0, 0, 0))
+    tinted = (np.array(colour) + generator.integers(0, 20, 3)).tolist()
+    picture.paste((*tinted, 255), (4, 4, 20, 20))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
 
 
 def describe(root):
@@ -73,11 +90,11 @@ class World:
         self.pictures = root / "pictures"
         self.source = f"folder:{self.pictures}"
 
-    def build(self):
+    def build(self, draw=paint):
         generator = np.random.default_rng(0)
         for name, colour in COLOURS.items():
             for number in range(8):
-                paint(self.pictures / name / f"{number}.png", colour, generator)
+                draw(self.pictures / name / f"{number}.png", colour, generator)
         self.write_tables(describe(self.pictures))
         self._write_model()
         return self
@@ -182,7 +199,38 @@ def test_every_figure_stands_beside_all_three_baselines_with_an_interval(report)
     assert all(
         len(row["per_seed"]) == 2 for row in report["rows"] if row["subject"] == "random init"
     )
-    assert report["missing"] == []
+    assert [item["protocol"] for item in report["missing"]] == list(DENSE_PROTOCOLS)
+    assert all("transparency" in item["reason"] for item in report["missing"])
+    assert report["scenes"] is None
+
+
+def test_cut_out_pictures_are_segmented_in_scenes_beside_all_baselines(tmp_path):
+    world = World(tmp_path).build(cut_out)
+    generator = np.random.default_rng(1)
+    for number in range(4):
+        paint(tmp_path / "photographs" / f"{number}.png", (120, 120, 120), generator)
+    source = f"folder:{tmp_path / 'photographs'}"
+    found = world.report(f"composites.backgrounds={source}")
+    assert found["missing"] == []
+    for protocol in DENSE_PROTOCOLS:
+        for metric in ("mIoU", "pixel accuracy"):
+            rows = [
+                row
+                for row in found["rows"]
+                if (row["protocol"], row["metric"]) == (protocol, metric)
+            ]
+            assert tuple(row["subject"] for row in rows) == SUBJECTS
+            assert all(row["num_samples"] == 4 for row in rows)
+    raw = row_of(found, "segmentation", "raw pixels", "mIoU")
+    assert raw["value"] > row_of(found, "segmentation", "majority class", "mIoU")["low"] + 0.1
+    scenes = found["scenes"]
+    assert (scenes["num_train"], scenes["num_test"]) == (6, 4)
+    assert [row["label"] for row in scenes["per_class"]] == ["background", *sorted(COLOURS)]
+    edges = {edge.role: edge for edge in read_record(world.root / "report" / "record.json").inputs}
+    assert edges["backgrounds"].sha256 == scenes["photographs"]
+    assert 'id="scenes"' in (world.root / "report" / "report.html").read_text()
+    with pytest.raises(ConfigError, match=r"composites\.size: not a multiple of the patch size 8"):
+        world.report(f"composites.backgrounds={source}", "composites.size=36")
 
 
 def test_colours_solve_classes_that_are_colours_and_the_constant_guess_does_not(report):
@@ -295,6 +343,7 @@ def test_without_labels_the_report_names_what_needs_them_and_shows_the_rest(worl
         "k-NN, leave one out",
         "logistic regression",
         "linear probe",
+        *DENSE_PROTOCOLS,
     }
     assert all(item["reason"].startswith("needs labels (sub-folders)") for item in found["missing"])
     assert {row["protocol"] for row in found["rows"]} == {"instance retrieval"}
@@ -323,7 +372,7 @@ def test_excluded_and_small_classes_are_left_out(world):
     assert world.report()["dataset"]["classes"] == ["blue", "green"]
     found = world.report("exclude_labels=[green]")
     assert found["dataset"]["classes"] == ["blue"]
-    assert len(found["missing"]) == 4
+    assert len(found["missing"]) == 6
 
 
 def test_a_picture_changed_since_the_manifest_is_refused(world):
@@ -481,6 +530,48 @@ def test_released_weights_are_shown_pictures_as_they_were_trained(tmp_path, name
     save_file(hub.random_init("dinov3_vits16", 0).state_dict(), path)
     candidate = open_candidate("dinov3_vits16", path, torch.device("cpu"))
     assert candidate.mean == mean
-    assert candidate.patch_size == 16
+    assert (candidate.stride, candidate.scale, candidate.cell) == (16, 1.0, 16)
     assert candidate.identity()["tensors"] == tensor_digest(path)
     assert candidate.identity()["record"] is None
+
+
+CONVNEXT = {"arch": "convnext", "depths": [1, 1, 1, 1], "dims": [4, 4, 8, 16], "patch_size": 8}
+
+
+def write_convnext(folder, scale):
+    fields = {name: value for name, value in CONVNEXT.items() if name != "arch"}
+    model = hub.random_init(ConvNeXtConfig.from_fields(fields), 3)
+    folder.mkdir()
+    tensors = {f"teacher.{name}": value.clone() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / "backbone.safetensors")
+    crops = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    content = {"model": CONVNEXT, "crops": crops, "evaluation_scale": scale}
+    (folder / "config.json").write_bytes(canonical_json(content))
+
+
+def test_a_convnext_student_sees_pictures_at_its_scale_on_its_teachers_grid(tmp_path):
+    write_convnext(tmp_path / "student", 4)
+    candidate = open_candidate(tmp_path / "student", None, torch.device("cpu"))
+    assert (candidate.stride, candidate.cell, candidate.side(48)) == (32, 8, 192)
+    prepare = preparation(candidate, config("crop=48", "resize=64"))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    features = extract(candidate.backbone, [image], prepare, 1, torch.device("cpu"), patches=True)
+    assert features.patches.shape == (1, 36, 16)  # 6 x 6, as patches of 8 pixels on 48
+    pixels = prepare(image)[None]
+    assert pixels.shape == (1, 3, 192, 192)
+    with torch.no_grad():
+        expected = candidate.backbone.forward_features(pixels)
+    np.testing.assert_allclose(features.patches, expected["x_norm_patchtokens"], atol=1e-5)
+    np.testing.assert_allclose(features.cls, expected["x_norm_clstoken"], atol=1e-5)
+    untrained = candidate.untrained(0)
+    assert len(untrained.get_intermediate_layers(pixels)[0][0]) == 36
+    candidate.require_divisible(96)
+    with pytest.raises(ConfigError, match="crop: not a multiple of the patch size 8, got 44"):
+        candidate.require_divisible(44)
+
+
+@pytest.mark.parametrize("scale", [0, -1, "4"])
+def test_a_scale_that_is_no_positive_number_is_refused(tmp_path, scale):
+    write_convnext(tmp_path / "student", scale)
+    with pytest.raises(CheckpointError, match="evaluation_scale: must be a positive number"):
+        open_candidate(tmp_path / "student", None, torch.device("cpu"))

@@ -45,6 +45,45 @@ def test_one_changed_byte_of_an_input_stops_the_stage(tmp_path):
     assert not (tmp_path / "down").exists()
 
 
+def make_nested(root):
+    with open_stage("up", root / "up", config={"n": 1}) as stage:
+        stage.path("parts").mkdir()
+        stage.path("parts/one.bin").write_bytes(b"one")
+        stage.path("one.bin").write_bytes(b"another one")
+    return root / "up" / "parts" / "one.bin"
+
+
+def test_input_in_a_sub_folder_is_checked_against_the_record_one_folder_up(tmp_path):
+    part = make_nested(tmp_path)
+    with open_stage("down", tmp_path / "down", config={}) as stage:
+        stage.read("part", part)
+    (edge,) = read_record(tmp_path / "down" / "record.json").inputs
+    assert (edge.name, edge.sha256) == ("parts/one.bin", file_sha256(part))
+    assert edge.record == file_sha256(tmp_path / "up" / "record.json")
+
+
+def test_an_input_in_a_sub_folder_cannot_pass_for_its_namesake_beside_the_record(tmp_path):
+    part = make_nested(tmp_path)
+    part.write_bytes(b"another one")
+    with (
+        pytest.raises(LineageBroken, match="bytes differ from the record"),
+        open_stage("down", tmp_path / "down", config={}) as stage,
+    ):
+        stage.read("part", part)
+
+
+def test_a_record_two_folders_up_vouches_for_nothing(tmp_path):
+    part = make_nested(tmp_path)
+    deep = part.parent / "deep" / "one.bin"
+    deep.parent.mkdir()
+    deep.write_bytes(b"one")
+    with (
+        pytest.raises(DataError, match=r"deep/record\.json: missing"),
+        open_stage("down", tmp_path / "down", config={}) as stage,
+    ):
+        stage.read("part", deep)
+
+
 def test_missing_input_names_the_way_to_make_it(tmp_path):
     with (
         pytest.raises(DataError, match="Make it first: dvc repro up"),

@@ -1,0 +1,16 @@
+"""Text aligned with the frozen backbone."""
+
+from assets.checks import captions_whole, training_health
+from orchestration.runner import stage_asset
+
+caption_pairs = stage_asset(
+    "caption_pairs", group="text", kinds={"polars", "parquet"},
+    checks={"whole": captions_whole},
+    description="Pictures with a line of text each; what was left out is counted by reason.",
+)  # fmt: skip
+
+dinotxt = stage_asset(
+    "dinotxt", group="text", kinds={"pytorch", "safetensors"},
+    checks={"health": training_health},
+    description="Text tower and vision head, trained to agree over the frozen backbone.",
+)  # fmt: skip

@@ -1,0 +1,86 @@
+"""What a recipe may say: one typed, frozen tree per phase; unknown keys are refused.
+
+`run:` cannot change results and stays outside the digest. `dinov3.recipe` reads the YAML files.
+"""
+
+from dinov3.config.base import Colour, InferenceRun, Section, config_digest, dump
+from dinov3.config.data import (
+    CurationConfig,
+    DedupConfig,
+    EmbeddingsConfig,
+    ExpectationsConfig,
+    ManifestConfig,
+    SplitConfig,
+)
+from dinov3.config.distill import DistillConfig, StudentConfig
+from dinov3.config.evals import (
+    CompositesConfig,
+    EvalsConfig,
+    GramTeacherConfig,
+    SegmentationConfig,
+)
+from dinov3.config.models import AnyModel, ConvNextModel, HeadConfig, HeadsConfig, VitModel
+from dinov3.config.schedules import ComputeConfig, HealthConfig, ScheduleConfig, TrainRun
+from dinov3.config.text import CaptionsConfig, DinotxtConfig
+from dinov3.config.train import (
+    CropsConfig,
+    GramConfig,
+    LossesConfig,
+    MultiCropConfig,
+    RefreshConfig,
+    Resolution,
+    TrainConfig,
+)
+
+type_of_phase: dict[str, type[Section]] = {
+    "manifest": ManifestConfig,
+    "embeddings": EmbeddingsConfig,
+    "curation": CurationConfig,
+    "pretrain": TrainConfig,
+    "gram_teacher": GramTeacherConfig,
+    "gram": TrainConfig,
+    "highres": TrainConfig,
+    "distill": DistillConfig,
+    "captions": CaptionsConfig,
+    "dinotxt": DinotxtConfig,
+    "evals": EvalsConfig,
+}
+
+__all__ = [
+    "AnyModel",
+    "CaptionsConfig",
+    "Colour",
+    "CompositesConfig",
+    "ComputeConfig",
+    "ConvNextModel",
+    "CropsConfig",
+    "CurationConfig",
+    "DedupConfig",
+    "DinotxtConfig",
+    "DistillConfig",
+    "EmbeddingsConfig",
+    "EvalsConfig",
+    "ExpectationsConfig",
+    "GramConfig",
+    "GramTeacherConfig",
+    "HeadConfig",
+    "HeadsConfig",
+    "HealthConfig",
+    "InferenceRun",
+    "LossesConfig",
+    "ManifestConfig",
+    "MultiCropConfig",
+    "RefreshConfig",
+    "Resolution",
+    "ScheduleConfig",
+    "Section",
+    "SegmentationConfig",
+    "SplitConfig",
+    "StudentConfig",
+    "TrainConfig",
+    "TrainRun",
+    "VitModel",
+    "config_digest",
+    "dump",
+    "type_of_phase",
+]
