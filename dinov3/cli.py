@@ -21,6 +21,7 @@ from dinov3.cli_options import (
     Overrides,
     Recipe,
     Source,
+    Stage,
     resolve,
     source_spec,
     stage_key,
@@ -146,7 +147,7 @@ def curate(
 
 @app.command()
 def report(
-    stage: Annotated[str, typer.Argument(help="Key of the stage, e.g. eval_reports_pretrained.")],
+    stage: Stage,
     source: Source,
     model: Annotated[Path, typer.Option(help="Folder of a trained model.")],
     manifest: Manifest,
@@ -172,7 +173,7 @@ def report(
 
 @app.command("text-report")
 def text_report(
-    stage: Annotated[str, typer.Argument(help="Key of the stage.")],
+    stage: Stage,
     source: Source,
     model: Annotated[Path, typer.Option(help="Folder of dinotxt.")],
     backbone: Annotated[Path, typer.Option(help="Folder of the backbone it was trained over.")],
@@ -196,7 +197,7 @@ def text_report(
 
 @app.command()
 def compare(
-    stage: Annotated[str, typer.Argument(help="Key of the stage.")],
+    stage: Stage,
     source: Source,
     model: Annotated[
         list[str], typer.Option(help="name=folder, in the order of training; say it once each.")

@@ -1,5 +1,6 @@
 """What the verbs of the command line share: options, recipes, and the ties of a stage's process."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import typer
 from dinov3.config import Section, dump
 from dinov3.errors import ConfigError, DataError
 from dinov3.recipe import load_recipe
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 Recipe = Annotated[str, typer.Option(help="Recipe family (demo), family/phase, or a YAML file.")]
 Source = Annotated[str, typer.Option(help="Images: folder:, list:, parquet:, wds: or stamps:PATH.")]
@@ -47,13 +50,24 @@ def resolve(name: str, overrides: list[str] | None, phase: str) -> Any:
         msg = f"recipe: wrong phase for this verb, got {dump(tree)['phase']!r}. Use {phase}."
         raise DataError(msg)
     die_with_parent()
+    _limit_threads(tree)
     return tree
 
 
-def started_ranks(config: Any) -> bool:
+def _limit_threads(tree: Any) -> None:
+    """As many threads as the recipe says, in every library: each reads this when it is loaded.
+
+    Threads that wait for each other by spinning make small work several times slower.
+    """
+    threads = getattr(getattr(tree, "run", None), "threads", None)
+    if threads is not None:
+        os.environ |= dict.fromkeys(_THREADS, str(threads))
+
+
+def start_ranks(config: Any) -> None:
     """Runs this very command once per rank where the recipe asks for several; ends the process.
 
-    Returns False in a process that is to do the work itself.
+    It returns in a process that is to do the work itself.
 
     Raises:
         typer.Exit: The ranks have ended, with their exit code.
@@ -62,5 +76,5 @@ def started_ranks(config: Any) -> bool:
 
     if is_rank() or config.run.processes == 1:
         join_ranks()
-        return False
+        return
     raise typer.Exit(run_ranks(config.run.processes, sys.argv[1:]))

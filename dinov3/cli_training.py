@@ -17,7 +17,7 @@ from dinov3.cli_options import (
     Stage,
     resolve,
     stage_key,
-    started_ranks,
+    start_ranks,
 )
 
 app = typer.Typer()
@@ -49,7 +49,7 @@ def train(
 ) -> None:
     """Stages of self-distillation; stopped by Ctrl-C or a kill, the same command goes on."""
     tree = resolve(recipe, overrides, phase.value)
-    started_ranks(tree)
+    start_ranks(tree)
     from dinov3.train.frame import TrainingInputs
     from dinov3.train.phases import train_phase
 
@@ -81,7 +81,7 @@ def distill(
 ) -> None:
     """Stage distilled_students: several students on one frozen teacher, a folder for each."""
     tree = resolve(recipe, overrides, "distill")
-    started_ranks(tree)
+    start_ranks(tree)
     from dinov3.train.distill import distill_students
     from dinov3.train.frame import TrainingInputs
 
@@ -109,7 +109,7 @@ def align(
 ) -> None:
     """Stage dinotxt: a text tower and a vision head aligned over a frozen backbone."""
     tree = resolve(recipe, overrides, "dinotxt")
-    started_ranks(tree)
+    start_ranks(tree)
     from dinov3.train.text_alignment import align_text
 
     align_text(

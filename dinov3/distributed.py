@@ -38,13 +38,16 @@ def join_world(device: torch.device, *, alone: bool = False) -> Iterator[None]:
     """Joins the group that torchrun started this process for, if it did.
 
     Args:
-        device: Decides between gloo and NCCL.
+        device: Decides between gloo and NCCL; `cuda` without a number is a GPU for each rank of
+            the machine.
         alone: Make a group of one where torchrun did not start this process: mixed precision is
             FSDP's, also on a single device.
 
     Raises:
+        ConfigError: The machine has fewer GPUs than ranks.
         RankLost: In the other ranks, when one ended in the middle of a collective.
     """
+    _use_device(device)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if dist.is_initialized() or not (launched or alone):
         yield
@@ -67,6 +70,21 @@ def join_world(device: torch.device, *, alone: bool = False) -> Iterator[None]:
         raise RankLost(msg) from error
     finally:
         dist.destroy_process_group()
+
+
+def _use_device(device: torch.device) -> None:
+    """FSDP and NCCL take the current device, whatever tensors are on."""
+    if device.type != "cuda":
+        return
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        msg = (
+            f"run.processes: rank {index} of this machine needs a GPU of its own, got {count}. "
+            "Start no more ranks than there are GPUs."
+        )
+        raise ConfigError(msg)
+    torch.cuda.set_device(index)
 
 
 def _is_about_peers(error: RuntimeError) -> bool:
@@ -130,15 +148,15 @@ def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     return gathered
 
 
-def gather_uneven(rows: Tensor, group: Group = None) -> list[Tensor]:
-    """Rows of all ranks, which may hold different numbers of them; no gradient."""
-    if world_size(group) == 1:
+def gather_uneven(rows: Tensor) -> list[Tensor]:
+    """Rows of all ranks of the world, which may hold different numbers of them; no gradient."""
+    if world_size() == 1:
         return [rows]
-    counts = gather_objects(len(rows), group)
+    counts = gather_objects(len(rows))
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
+    dist.all_gather(parts, padded)
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 

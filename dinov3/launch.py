@@ -70,7 +70,7 @@ def start(
         env: The whole environment, None for ours.
         grace: Seconds between the polite signal and the kill.
     """
-    guard = [sys.executable, "-P", str(Path(__file__).resolve())]  # -P: our folder has a config.py
+    guard = [sys.executable, "-P", str(Path(__file__).resolve())]  # -P: names of ours hide nobody's
     settings = ["--parent", str(os.getpid()), "--grace", str(grace)]
     return subprocess.Popen(
         [*guard, *settings, "--", *command],

@@ -3,6 +3,8 @@
 `run:` cannot change results and stays outside the digest. `dinov3.recipe` reads the YAML files.
 """
 
+from typing import TypeAlias
+
 from dinov3.config.base import Colour, InferenceRun, Section, config_digest, dump
 from dinov3.config.data import (
     CurationConfig,
@@ -21,7 +23,7 @@ from dinov3.config.evals import (
 )
 from dinov3.config.models import AnyModel, ConvNextModel, HeadConfig, HeadsConfig, VitModel
 from dinov3.config.schedules import ComputeConfig, HealthConfig, ScheduleConfig, TrainRun
-from dinov3.config.text import CaptionsConfig, DinotxtConfig
+from dinov3.config.text import AlignmentHealth, CaptionsConfig, DinotxtConfig
 from dinov3.config.train import (
     CropsConfig,
     GramConfig,
@@ -31,6 +33,9 @@ from dinov3.config.train import (
     Resolution,
     TrainConfig,
 )
+
+TrainingConfig: TypeAlias = TrainConfig | DistillConfig | DinotxtConfig
+"""A phase that trains; each has seed, compute, health and run."""
 
 type_of_phase: dict[str, type[Section]] = {
     "manifest": ManifestConfig,
@@ -47,6 +52,7 @@ type_of_phase: dict[str, type[Section]] = {
 }
 
 __all__ = [
+    "AlignmentHealth",
     "AnyModel",
     "CaptionsConfig",
     "Colour",
@@ -79,6 +85,7 @@ __all__ = [
     "StudentConfig",
     "TrainConfig",
     "TrainRun",
+    "TrainingConfig",
     "VitModel",
     "config_digest",
     "dump",

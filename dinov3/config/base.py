@@ -45,6 +45,7 @@ class InferenceRun(Section):
 
     batch_size: Count
     device: str
+    threads: Count | None  # None: as many as each library chooses
 
 
 def dump(config: Section) -> dict[str, Any]:

@@ -73,14 +73,8 @@ class CompositesConfig(Section):
         return self
 
 
-class SegmentationConfig(Section):
-    """Linear segmentation over a grid of C, chosen on a part of the training scenes."""
-
-    log10_c: Annotated[tuple[float, float], Ordered]
-    num_c: Count
-    max_iter: Count
-    tolerance: Positive  # largest gradient component at which L-BFGS stops
-    val_fraction: Fraction
+class SegmentationConfig(LogregConfig):
+    """Linear segmentation over such a grid, chosen on a part of the training scenes."""
 
 
 class EvalsConfig(Section):

@@ -88,7 +88,7 @@ class HealthConfig(Section):
 
 
 class TrainRun(Section):
-    """What cannot change the result but in its last bits."""
+    """What cannot change the result but in its last bits, and in which residuals are dropped."""
 
     device: str  # auto, cpu, cuda, cuda:1, …
     processes: Count  # ranks started on this machine; a launch by torchrun has its own number

@@ -248,7 +248,13 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
         if self.gram is not None:
-            check_lengths({"gram.weight": self.gram.weight}, self.schedules.num_steps)
+            last = self.schedules.num_steps
+            check_lengths({"gram.weight": self.gram.weight}, last)
+            require(
+                (self.gram.copy_step or 0) < last,
+                f"gram.teacher: the run ends before its EMA is copied, got {self.gram.teacher} for "
+                f"{last} steps. Name an earlier step.",
+            )
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,6 @@ _COLOURS = 2 * _NUM_TRIES + 2  # the words before it draw the box
 _BACKGROUND = 33
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)  # [24, 4]
 _CONTRAST, _SATURATION, _HUE, _NOTHING = 1, 2, 3, 4  # columns of factors; 0 is brightness
-_GALLERY_SIZE, _GALLERY_COLUMNS = 64, 8
 
 
 @dataclass(frozen=True)
@@ -305,17 +304,6 @@ def cut(image: Image.Image, box: Sequence[int], size: int) -> NDArray[np.uint8]:
     left, top, width, height = (int(value) for value in box)
     part = image.crop((left, top, left + width, top + height))
     return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def gallery(crops: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The first 64 normalised crops [N, 3, H, W] as one picture, uint8 [3, rows * H, 8 * W]."""
-    scale, offset = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
-    colours = crops[:_GALLERY_SIZE].detach().float().cpu() * scale + offset
-    shown = colours.clamp(0, 1).mul(255).round().to(torch.uint8)
-    missing = -len(shown) % _GALLERY_COLUMNS
-    shown = torch.cat([shown, shown.new_zeros(missing, *shown.shape[1:])])
-    grid: Tensor = shown.unflatten(0, (-1, _GALLERY_COLUMNS))  # [rows, columns, 3, H, W]
-    return grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 def _on_rows(

@@ -2,7 +2,8 @@
 
 Prototypes and samples are normalised in turn, over all ranks of the group. The released code
 exponentiates at once and overflows; here the first turn is taken on logarithms, which gives the
-same numbers wherever the released code gives any.
+same numbers wherever the released code gives any. The number of samples, by which the published
+algorithm divides, cancels in the next normalisation.
 """
 
 # B samples of this rank, K prototypes
@@ -20,7 +21,6 @@ def sinkhorn_knopp(
     *,
     temperature: float,
     num_iterations: int = 3,
-    num_samples: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Assignment probabilities [B, K] in fp32; every row sums to 1.
@@ -30,8 +30,6 @@ def sinkhorn_knopp(
             in the collectives and gets an empty result.
         temperature: The teacher's.
         num_iterations: Turns of normalising first prototypes, then samples.
-        num_samples: Has no effect: the number of samples of all ranks, by which the published
-            algorithm divides, cancels in the next normalisation.
         group: Ranks that share the assignment; the default group if None. Where
             `torch.distributed` is not initialised, this process is alone.
 

@@ -7,7 +7,6 @@ kept in the channels-last format, where norms and linear layers need no copy.
 # B images, C channels, H x W pixels, h x w = P positions of a map, D width of the last stage
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, overload
@@ -16,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import ConfigError, DataError
+from dinov3.errors import DataError
 from dinov3.layers.block import select_blocks
+from dinov3.models.fields import config_of, require
 from dinov3.models.vit import Features
 
 NUM_STAGES = 4
@@ -63,9 +63,7 @@ class ConvNeXtConfig:
         self._require(rule, self.patch_size is None or _is_count(self.patch_size), "patch_size")
 
     def _require(self, rule: str, holds: bool, name: str) -> None:
-        if not holds:
-            msg = f"{name}: {rule}, got {getattr(self, name)!r}. Change {name}."
-            raise ConfigError(msg)
+        require(holds, name, rule, getattr(self, name))
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
@@ -74,18 +72,7 @@ class ConvNeXtConfig:
         Raises:
             ConfigError: A field is unknown, missing or has an impossible value.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(known)}."
-                msg = f"{name}: no such field of a ConvNeXt, got {fields[name]!r}. {hint}"
-                raise ConfigError(msg)
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            msg = f"model: {error}, got {dict(fields)}. Correct the field."
-            raise ConfigError(msg) from error
+        return config_of(cls, fields, "a ConvNeXt")
 
 
 def _is_count(value: object) -> bool:

@@ -25,7 +25,8 @@ from dinov3.layers.block import Block, reset_layers
 from dinov3.layers.ffn import build_ffn
 from dinov3.layers.norm import LayerScale, build_norm
 from dinov3.models.backbone import Backbone
-from dinov3.models.text import PlainAttention, TextConfig, TextTransformer, check_fields, require
+from dinov3.models.fields import check_fields, config_of, require
+from dinov3.models.text import PlainAttention, TextConfig, TextTransformer
 
 PATCH_POOLERS = ("mean", "max")
 MAX_LOGIT_SCALE = math.log(100)
@@ -97,7 +98,7 @@ class DinoTxtConfig:
         text = fields["text"]
         if not isinstance(text, TextConfig):
             text = TextConfig.from_fields(text)
-        return cls(**{**fields, "text": text})
+        return config_of(cls, {**fields, "text": text}, "a dino.txt model")
 
 
 class VisionHead(nn.Module):

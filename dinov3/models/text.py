@@ -8,7 +8,6 @@ are a learned table.
 # B captions, N tokens, T = B * N packed tokens, D width, H heads, E features per head, L depth
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -16,42 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import ConfigError, DataError
+from dinov3.errors import DataError
 from dinov3.layers.attention import SelfAttention, Shapes, pack, unpack
 from dinov3.layers.ffn import Mlp
 from dinov3.layers.rope import Rotation
+from dinov3.models.fields import config_of, require
 
 TEXT_POOLERS = ("first", "last", "argmax")
 _EPS = 1e-5  # of every LayerNorm
-
-
-def check_fields(config: type, fields: Mapping[str, Any], owner: str) -> None:
-    """Refuse names that are no fields of the dataclass `config`, and missing ones.
-
-    Raises:
-        ConfigError: A field is unknown, with the nearest known one named, or missing.
-    """
-    known = {field.name: field for field in dataclasses.fields(config)}
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
-            msg = f"{name}: no such field of {owner}. Did you mean {near[0]}?"
-            raise ConfigError(msg)
-    for name, field in known.items():
-        if field.default is dataclasses.MISSING and name not in fields:
-            msg = f"{name}: missing from {owner}, got {', '.join(fields) or 'nothing'}. Set {name}."
-            raise ConfigError(msg)
-
-
-def require(holds: bool, name: str, rule: str, value: object) -> None:
-    """Refuse a value of a config.
-
-    Raises:
-        ConfigError: `holds` is false.
-    """
-    if not holds:
-        msg = f"{name}: {rule}, got {value!r}. Change {name}."
-        raise ConfigError(msg)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +69,7 @@ class TextConfig:
         Raises:
             ConfigError: A field is unknown, missing or has an impossible value.
         """
-        check_fields(cls, fields, "a text tower")
-        return cls(**fields)
+        return config_of(cls, fields, "a text tower")
 
 
 class PlainAttention(SelfAttention):

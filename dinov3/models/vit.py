@@ -8,14 +8,13 @@ holds the global crops and entry 1 the local crops; an accelerator runs them pac
 # T tokens of all batches, D width
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypedDict, cast, overload
 
 import torch
 from torch import Generator, Tensor, nn
 
-from dinov3.errors import ConfigError, DataError
+from dinov3.errors import DataError
 from dinov3.layers.attention import SelfAttention, Shapes, pack, unpack
 from dinov3.layers.block import Block, reset_layers, select_blocks
 from dinov3.layers.ffn import FFN_KINDS, build_ffn
@@ -29,6 +28,7 @@ from dinov3.layers.rope import (
     Rotation,
     check_periods,
 )
+from dinov3.models.fields import config_of, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +103,7 @@ class ViTConfig:
     def _require(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not holds(value):
-                msg = f"{name}: {rule}, got {value!r}. Change {name}."
-                raise ConfigError(msg)
+            require(holds(value), name, rule, value)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
@@ -114,17 +112,7 @@ class ViTConfig:
         Raises:
             ConfigError: A field is unknown, missing or has an impossible value.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
-                msg = f"{name}: no such field of a vision transformer. Did you mean {near[0]}?"
-                raise ConfigError(msg)
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            msg = f"model: {error}, got {dict(fields)}. Correct the field."
-            raise ConfigError(msg) from error
+        return config_of(cls, fields, "a vision transformer")
 
 
 class Features(TypedDict):

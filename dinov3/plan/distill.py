@@ -5,62 +5,44 @@
 from collections.abc import Mapping
 
 from dinov3.config import DistillConfig, Resolution, StudentConfig
-from dinov3.errors import ConfigError
+from dinov3.heads.projection import ProjectionHead
 from dinov3.plan.figures import GroupPlan
 from dinov3.plan.networks import (
-    NUM_GLOBAL,
     Network,
     build_follower,
     build_network,
     image_bytes,
     masked_patches,
-    pixels,
     recomputed,
     student_pass,
     teacher_pass,
 )
 from dinov3.plan.sharding import shard_of
 from dinov3.plan.work import FORWARDS_OF_BACKWARD
+from dinov3.train.objective import NUM_GLOBAL
+from dinov3.train.students import group_sizes
 
 
 def plan_distillation(
     config: DistillConfig, world_size: int, teacher: Network
 ) -> tuple[GroupPlan, ...]:
-    """One group per student; a single rank trains all of them, one after the other."""
-    networks = {name: _student(config, each, teacher) for name, each in config.students.items()}
-    costs = {name: _student_flops(config, name, network) for name, network in networks.items()}
-    if world_size == 1:
-        alone = [_group(config, name, networks[name], 1, world_size, teacher) for name in networks]
-        return (_together(alone, config, teacher),)
-    ranks = share_ranks(config, costs, world_size)
-    return tuple(
-        _group(config, name, network, ranks[name], world_size, teacher)
-        for name, network in networks.items()
-    )
-
-
-def share_ranks(
-    config: DistillConfig, costs: Mapping[str, float], world_size: int
-) -> dict[str, int]:
-    """Ranks of every student: as the recipe says, the rest one by one to the slowest group.
+    """One group per student, as the trainer splits the ranks, or all students on every rank.
 
     Raises:
-        ConfigError: The ranks of the recipe are not those there are.
+        ConfigError: The ranks cannot be split as the recipe asks.
     """
-    fixed = {name: each.ranks for name, each in config.students.items()}
-    ranks = {name: count or 1 for name, count in fixed.items()}
-    free = [name for name, count in fixed.items() if count is None]
-    left = world_size - sum(ranks.values())
-    if left < 0 or (left > 0 and not free):
-        needed = f"{sum(ranks.values())}" + (" or more" if free else "")
-        msg = (
-            f"world_size: the students need {needed} ranks, got {world_size}. Set students.*.ranks."
-        )
-        raise ConfigError(msg)
-    for _ in range(left):
-        slowest = max(free, key=lambda name: costs[name] / ranks[name])
-        ranks[slowest] += 1
-    return ranks
+    networks = {name: _student(config, each, teacher) for name, each in config.students.items()}
+    sizes = group_sizes(config, world_size)
+    if len(sizes) == 1:
+        alone = [
+            _group(config, name, network, world_size, world_size, teacher)
+            for name, network in networks.items()
+        ]
+        return (_together(alone, config, teacher, world_size),)
+    return tuple(
+        _group(config, name, network, size, world_size, teacher)
+        for (name, network), size in zip(networks.items(), sizes, strict=True)
+    )
 
 
 def _student(config: DistillConfig, student: StudentConfig, teacher: Network) -> Network:
@@ -105,31 +87,36 @@ def _group(
         "gathered parameters": float(gathered),
         "activations": images / micro * _image_bytes(config, name, network),
     }
-    exchanged = 0.0 if world_size == 1 else images * _exchanged_bytes(config, name, teacher)
+    exchanged = 0.0
+    if num_ranks < world_size:  # every rank gets the features of the whole batch
+        exchanged = config.batch_size * _feature_bytes(config, teacher) * (1 - 1 / world_size)
     traffic = {
-        "teacher gathered": micro * frozen.gather_traffic(backward=False),
+        "teacher gathered": frozen.gather_traffic(backward=False),  # one pass for all parts
         "student gathered": micro * student.gather_traffic(backward=True),
         "gradients reduced": micro * student.reduce_traffic(),
-        "images and features": exchanged,
+        "teacher features": exchanged,
     }
     flops = images * _student_flops(config, name, network)
     flops += config.batch_size / world_size * _teacher_flops(config, teacher)
     return GroupPlan(name, num_ranks, network.sizes(), memory, traffic, flops)
 
 
-def _together(groups: list[GroupPlan], config: DistillConfig, teacher: Network) -> GroupPlan:
-    """All students on one rank: their states add up, activations and gathered copies do not."""
-    again = config.batch_size * _teacher_flops(config, teacher)
-    shared = {"teacher", "gathered parameters", "activations"}
-    memory = {
-        key: max(g.memory[key] for g in groups)
-        if key in shared
-        else sum(g.memory[key] for g in groups)
-        for key in groups[0].memory
-    }
+def _together(
+    groups: list[GroupPlan], config: DistillConfig, teacher: Network, world_size: int
+) -> GroupPlan:
+    """All students on every rank: states add up, activations and gathered copies do not."""
+    again = config.batch_size / world_size * _teacher_flops(config, teacher)
+    shared = {"teacher", "teacher gathered", "gathered parameters", "activations"}
+
+    def joined(figures: list[Mapping[str, float]]) -> dict[str, float]:
+        return {
+            key: (max if key in shared else sum)(one[key] for one in figures) for key in figures[0]
+        }
+
     sizes = {f"{g.name}.{part}": n for g in groups for part, n in g.parameters.items()}
     flops = sum(group.rank_flops for group in groups) - (len(groups) - 1) * again
-    return GroupPlan("", 1, sizes, memory, groups[0].traffic, flops)
+    memory, traffic = joined([g.memory for g in groups]), joined([g.traffic for g in groups])
+    return GroupPlan("", world_size, sizes, memory, traffic, flops)
 
 
 def _teacher_flops(config: DistillConfig, teacher: Network) -> float:
@@ -143,10 +130,15 @@ def _image_bytes(config: DistillConfig, name: str, network: Network) -> float:
     return image_bytes(network, size, config.crops.num_local, masked, config.compute)
 
 
-def _exchanged_bytes(config: DistillConfig, name: str, teacher: Network) -> float:
-    """Crops of one image, and the features the teacher's heads are fed with."""
-    size = config.crops.global_size
-    rows = NUM_GLOBAL + masked_patches(config, size, teacher.backbone.stride)
-    each = 2 if config.compute.dtype == "bf16" else 4
-    crops = pixels(_crops(config, name), config.crops.num_local)
-    return each * (crops + rows * teacher.backbone.embed_dim)
+def _feature_bytes(config: DistillConfig, teacher: Network) -> float:
+    """What the students get of the teacher for one image: CLS and masked patches as features."""
+    masked = masked_patches(config, config.crops.global_size, teacher.backbone.stride)
+    rows = {"dino_head": float(NUM_GLOBAL), "ibot_head": masked}
+    numbers = 0.0
+    for name, count in rows.items():
+        head = teacher.heads.get(name)
+        width = teacher.backbone.embed_dim
+        if config.objective == "heads" and isinstance(head, ProjectionHead):
+            width = head.last_layer.in_features
+        numbers += count * width
+    return (2 if config.compute.dtype == "bf16" else 4) * numbers

@@ -11,7 +11,6 @@ from dinov3.config import (
     AnyModel,
     ComputeConfig,
     DistillConfig,
-    HeadConfig,
     HeadsConfig,
     Resolution,
     TrainConfig,
@@ -22,8 +21,10 @@ from dinov3.models.backbone import Backbone, build_backbone
 from dinov3.plan.sharding import SHARD_BYTES
 from dinov3.plan.work import Checkpointing, Pass, backbone_pass, head_pass, largest_block
 from dinov3.recipe import load_recipe
+from dinov3.train.build import head_shape
+from dinov3.train.network import build_head
+from dinov3.train.objective import NUM_GLOBAL
 
-NUM_GLOBAL = 2
 CHANNELS = 3
 
 
@@ -94,8 +95,13 @@ def build_network(model: AnyModel, heads: HeadsConfig | None, *, device: str = "
     """A backbone with its DINO and iBOT heads."""
     backbone = build_backbone(model.model_dump(), device=device)
     made = {} if heads is None else {"dino_head": heads.dino, "ibot_head": heads.ibot}
-    width = backbone.embed_dim
-    return Network(backbone, {name: _head(width, shape, device) for name, shape in made.items()})
+    return Network(
+        backbone,
+        {
+            name: build_head(backbone.embed_dim, head_shape(head), device)
+            for name, head in made.items()
+        },
+    )
 
 
 def build_follower(model: AnyModel, teacher_width: int) -> Network:
@@ -156,10 +162,10 @@ def image_bytes(
         kept += num_local * largest_block(model, size.local_size)
     each = 2 if compute.dtype == "bf16" else 4
     targets = 2 * SHARD_BYTES * _target_numbers(network, masked)  # logits, and their exponentials
-    return each * (kept + pixels(size, num_local)) + targets
+    return each * (kept + _pixels(size, num_local)) + targets
 
 
-def pixels(size: Resolution, num_local: int) -> int:
+def _pixels(size: Resolution, num_local: int) -> int:
     """Numbers in the crops of one image."""
     crops = NUM_GLOBAL * (size.global_size**2 + (size.gram_size or 0) ** 2)
     return CHANNELS * (crops + num_local * size.local_size**2)
@@ -173,14 +179,3 @@ def _target_numbers(network: Network, masked: float) -> float:
         if isinstance(head, ProjectionHead)
     }
     return NUM_GLOBAL * widths.get("dino_head", 0) + masked * widths.get("ibot_head", 0)
-
-
-def _head(width: int, shape: HeadConfig, device: str) -> ProjectionHead:
-    return ProjectionHead(
-        width,
-        shape.num_prototypes,
-        num_layers=shape.num_layers,
-        hidden_dim=shape.hidden_dim,
-        bottleneck_dim=shape.bottleneck_dim,
-        device=device,
-    )

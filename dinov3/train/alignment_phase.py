@@ -17,7 +17,7 @@ from torch import Tensor, nn, optim
 
 from dinov3.config import DinotxtConfig
 from dinov3.config.text import AlignmentCrops
-from dinov3.data.augment import Augmentation, Batch, CropRecipe, gallery
+from dinov3.data.augment import Augmentation, Batch, CropRecipe
 from dinov3.data.loader import Pipeline
 from dinov3.data.samplers import philox_words
 from dinov3.data.tokenizer import tokenize
@@ -28,6 +28,7 @@ from dinov3.train.align import Pairs, alignment_losses, backward_in_parts
 from dinov3.train.build import micro_batches, place, schedule
 from dinov3.train.learner import Learner, Outcome
 from dinov3.train.optim import build_adamw, parameter_groups
+from dinov3.train.probe import gallery
 from dinov3.train.schedules import Schedule
 from dinov3.train.text_probe import Captioned, TextProbe
 

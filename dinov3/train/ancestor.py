@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dinov3.config import Section, dump
 from dinov3.errors import CheckpointError
-from dinov3.release.record import RECORD_NAME, Edge, file_sha256, read_record
+from dinov3.release.record import RECORD_NAME, Edge, RecordError, file_sha256, read_record
 from dinov3.stage import Stage
 
 
@@ -28,9 +28,17 @@ def add_ancestor(stage: Stage, here: Path, config: Section, weights_name: str) -
         weights_name: The file that stands for the finished run.
 
     Raises:
-        CheckpointError: Other settings differ, or the longer run would replace the finished one.
+        CheckpointError: There is no such record, other settings differ, or the longer run would
+            replace the finished one.
     """
-    record = read_record(here)
+    try:
+        record = read_record(here)
+    except (OSError, RecordError) as error:
+        msg = (
+            f"resume: the finished run has no artifact {stage.name}, got {error}. "
+            "Extend a run of the same artifacts."
+        )
+        raise CheckpointError(msg) from error
     changed = _differences(dict(record.config), dump(config))
     if any("schedules" not in name.split(".") for name in changed):
         msg = f"resume: the finished run had other settings, got {', '.join(changed)}. Undo them."

@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov3.config import DistillConfig, StudentConfig
-from dinov3.data.augment import Augmentation, Batch, View, gallery
+from dinov3.data.augment import Augmentation, Batch, View
 from dinov3.data.loader import ImageSet, Pipeline
 from dinov3.distributed import (
     Group,
@@ -40,14 +39,15 @@ from dinov3.train.build import (
     place,
     schedule,
 )
+from dinov3.train.feature_matching import FeatureMatching, replace_heads
 from dinov3.train.health import collapse_reason, measure
 from dinov3.train.learner import Learner, Outcome
 from dinov3.train.method import SelfDistillation, Share
 from dinov3.train.network import Network
 from dinov3.train.objective import NUM_GLOBAL, Objective, Targets, Weights
-from dinov3.train.probe import load_probe, patch_colours
+from dinov3.train.probe import gallery, load_probe, patch_colours
 from dinov3.train.schedules import Schedule, scaled_lr
-from dinov3.train.students import share_ranks, student_cost, teacher_rows
+from dinov3.train.students import group_sizes, teacher_rows
 
 _NUM_SHOWN = 8  # probe pictures in TensorBoard
 
@@ -62,20 +62,11 @@ class Students:
             ConfigError: The ranks cannot be split as the recipe asks.
         """
         names = list(config.students)
-        self.sizes: list[int] = [world_size()]
+        self.sizes = group_sizes(config, world_size())
         self.names = names
         self.group: Group = None
         self.shown: list[list[int]] = []  # by rank, where groups share the teacher's pass
-        if 1 < len(names) <= world_size():
-            num_local = config.crops.num_local
-            costs = [
-                student_cost(
-                    one.model.model_dump(), one.crops.global_size, one.crops.local_size, num_local
-                )
-                for one in config.students.values()
-            ]
-            wanted = [one.ranks for one in config.students.values()]
-            self.sizes = share_ranks(costs, wanted, world_size(), config.batch_size)
+        if len(self.sizes) > 1:
             self.shown = teacher_rows(self.sizes, config.batch_size)
             index, self.group = split_world(self.sizes)
             self.names = [names[index]]
@@ -369,39 +360,6 @@ class DistillationPhase:
             torch.full(shape, 1 / widths[0], device=self.device),
             torch.full((num_masked, widths[1]), 1 / widths[1], device=self.device),
         )
-
-
-class FeatureMatching(SelfDistillation):
-    """For a teacher without heads: the student's features, mapped, follow the teacher's direction.
-
-    Each pair of crops that DINO would compare costs 1 - cosine of the CLS features, and each masked
-    patch 1 - cosine of its own; KoLeo as ever.
-    """
-
-    def terms(self, predictions: Any, target: Any, share: Share) -> dict[str, Tensor]:
-        """The same names as those of the objective with heads."""
-        logits = F.normalize(predictions.cls_logits.float(), dim=-1)  # [G+L, b, D]
-        teacher = F.normalize(target.cls.float(), dim=-1)  # [G, b, D]
-        far = 1 - torch.einsum("sbd,tbd->st", logits, teacher) / logits.shape[1]
-        same = F.cosine_similarity(
-            predictions.patch_logits.float(), target.patches.float(), dim=-1
-        )  # [m]
-        per_image = share.masks.sum(dim=1, keepdim=True).clamp(min=1)
-        weights = (1 / per_image.float()).expand_as(share.masks)[share.masks]
-        return {
-            "dino_global": far[:NUM_GLOBAL].mean(),
-            "dino_local": far[NUM_GLOBAL:].mean(),
-            "ibot": ((1 - same) * weights).sum() / len(share.masks),
-        }
-
-
-def replace_heads(network: Network, teacher_dim: int, seed: int) -> None:
-    """Linear maps onto the teacher's features in place of both heads, drawn from the seed."""
-    width = network.backbone.embed_dim
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network.dino_head = nn.Linear(width, teacher_dim)  # type: ignore[assignment]
-        network.ibot_head = nn.Linear(width, teacher_dim)  # type: ignore[assignment]
 
 
 def student_schedules(config: DistillConfig, student: StudentConfig) -> dict[str, Schedule]:

@@ -6,6 +6,7 @@ comes through here; rank 0 alone writes the stage's files.
 """
 
 import contextlib
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dinov3.checkpoint import exclusive, save_tensors
-from dinov3.config import HealthConfig, Section, TrainRun, dump
+from dinov3.config import Section, TrainingConfig, TrainRun, dump
 from dinov3.data.loader import ImageSet
 from dinov3.data.sources import open_source
 from dinov3.data.sources.images import SourceImages
@@ -64,7 +65,7 @@ class TrainingStage:
     Attributes:
         name: Key of the stage; its state lies under that name.
         outputs: Folder of each artifact by the name of its learner, with the artifact's own key.
-        config: The resolved recipe; it has `seed` and `run`.
+        config: The resolved recipe.
         arguments: Of the command line, kept beside the state for a replay.
         build: Reads inputs through the stage; returns the training images and the method.
         export: Writes an artifact: its stage, the learner's name and the run, whose final state is
@@ -77,7 +78,7 @@ class TrainingStage:
 
     name: str
     outputs: Mapping[str, tuple[str, Path]]
-    config: Section
+    config: TrainingConfig
     arguments: Mapping[str, Any]
     build: Callable[[Stage, torch.device], tuple[ImageSet, Method]]
     export: Callable[[Stage, str, Trainer], None]
@@ -89,8 +90,7 @@ class TrainingStage:
     @property
     def run(self) -> TrainRun:
         """What cannot change the result."""
-        settings: TrainRun = self.config.run  # type: ignore[attr-defined]
-        return settings
+        return self.config.run
 
     @property
     def root(self) -> Path:
@@ -111,7 +111,7 @@ def run_training(job: TrainingStage, *, resume: Path | None = None) -> None:
     device = choose_device(job.run.device)
     if job.run.threads is not None:
         torch.set_num_threads(job.run.threads)
-    alone = job.config.compute.dtype == "bf16"  # type: ignore[attr-defined]
+    alone = job.config.compute.dtype == "bf16"
     with join_world(device, alone=alone):
         with _open_stages(job) as stages:
             folder, trainer = _train(job, stages, device, resume)
@@ -126,7 +126,7 @@ def _train(
     images, method = job.build(first, device)
     for stage in stages.values():
         stage.adopt(first)
-        stage.seeds = {"seed": job.config.seed}  # type: ignore[attr-defined]
+        stage.seeds = {"seed": job.config.seed}
     extends = is_finished(resume)
     if resume is not None and extends:
         for name, stage in stages.items():
@@ -137,11 +137,11 @@ def _train(
     with _held(folder):
         atomic_write(folder / JOB_NAME, canonical_json(_job_text(job)))
         course = Course(
-            seed=job.config.seed,  # type: ignore[attr-defined]
+            seed=job.config.seed,
             num_steps=job.num_steps,
             batch_size=job.batch_size,
             run=job.run,
-            policy=job.config.health,  # type: ignore[attr-defined]
+            policy=job.config.health,
             snapshot_steps=job.snapshot_steps,
         )
         trainer = Trainer(method, images, folder, course)
@@ -215,7 +215,7 @@ def run_key(stage: Stage, config: Section, threads: int | None, device: torch.de
     """Digest of all that determines the bits: config, inputs, threads and the kind of device.
 
     The number of ranks and of micro-batches is left out: a run may go on with others, and differs
-    then in the last bits alone.
+    then in the last bits and in the draws of stochastic depth.
     """
     return digest_of(
         {
@@ -296,14 +296,16 @@ def _health_of(trainer: Trainer, name: str) -> dict[str, float]:
 def _verdict(
     job: TrainingStage, step: int, metrics: Mapping[str, float], reason: str | None
 ) -> bytes:
-    limits: HealthConfig = job.config.health  # type: ignore[attr-defined]
     return canonical_json(
         {
             "passed": reason is None,
             "reason": reason,
             "step": step,
-            "metrics": {name: round(value, 6) for name, value in metrics.items()},
-            "thresholds": limits.model_dump(mode="json"),
+            "metrics": {
+                name: round(value, 6) if math.isfinite(value) else None
+                for name, value in metrics.items()
+            },
+            "thresholds": job.config.health.model_dump(mode="json"),
         }
     )
 

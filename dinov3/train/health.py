@@ -43,7 +43,8 @@ def participation_ratio(features: Tensor) -> Tensor:
 def rankme(features: Tensor) -> Tensor:
     """Exponential of the entropy of the normalised singular values (RankMe, arXiv 2210.02885).
 
-    The features are taken as they are, not centred, as RankMe defines it.
+    The features are taken as they are, not centred, as RankMe defines it. It is not a number where
+    one of them is not finite.
 
     Args:
         features: [N, D].
@@ -51,7 +52,10 @@ def rankme(features: Tensor) -> Tensor:
     Raises:
         DataError: There are fewer than two rows.
     """
-    values = torch.linalg.svdvals(_double(features))
+    rows = _double(features)
+    if not is_finite(rows):  # the decomposition would raise
+        return rows.new_tensor(math.nan)
+    values = torch.linalg.svdvals(rows)
     shares = values / values.sum().clamp(min=_TINY)
     rank: Tensor = torch.special.entr(shares).sum().exp()
     return rank

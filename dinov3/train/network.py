@@ -32,8 +32,8 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = build_backbone(model, device=device)
-        self.dino_head = _head(self.backbone.embed_dim, dino, device)
-        self.ibot_head = _head(self.backbone.embed_dim, ibot, device)
+        self.dino_head = build_head(self.backbone.embed_dim, dino, device)
+        self.ibot_head = build_head(self.backbone.embed_dim, ibot, device)
 
     def reset_parameters(self, last_layer_gain: float) -> None:
         """Draws initial weights; the gain scales the prototypes."""
@@ -46,7 +46,10 @@ class Network(nn.Module):
         return {name: module for name, module in self.named_children()}
 
 
-def _head(embed_dim: int, shape: HeadShape, device: torch.device | str | None) -> ProjectionHead:
+def build_head(
+    embed_dim: int, shape: HeadShape, device: torch.device | str | None
+) -> ProjectionHead:
+    """A DINO or iBOT head over features of a backbone's width."""
     return ProjectionHead(
         embed_dim,
         shape.num_prototypes,

@@ -1,6 +1,6 @@
 """Probe images: a few training pictures, seen whole, on which health is measured and shown."""
 
-# B images, P patches, D width
+# B images, N crops, P patches, D width
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +14,7 @@ from dinov3.data.decode import composite, decode_image
 from dinov3.data.loader import ImageSet
 
 _WHITE = (255, 255, 255)
+_GALLERY_SIZE, _GALLERY_COLUMNS = 64, 8
 
 
 def load_probe(
@@ -50,6 +51,8 @@ def patch_colours(model: Any, pictures: Tensor, *, enlarge: int = 4) -> Tensor:
     )
     patches = model.forward_features(large)["x_norm_patchtokens"].float()  # [B, P, D]
     centred = patches.flatten(0, 1) - patches.flatten(0, 1).mean(0)
+    # a picture must not end a run, the health of these features does: they are grey
+    centred = centred.nan_to_num(0.0, posinf=0.0, neginf=0.0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     scores = centred @ directions[:3].T  # [B*P, 3]
     scores = torch.sigmoid(2 * scores / scores.std(0).clamp(min=1e-6))
@@ -60,3 +63,14 @@ def patch_colours(model: Any, pictures: Tensor, *, enlarge: int = 4) -> Tensor:
     shown = (pictures - low) / (high - low)
     rows = [torch.cat(list(part), dim=2) for part in (shown, colours)]
     return (torch.cat(rows, dim=1).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def gallery(crops: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The first 64 normalised crops [N, 3, H, W] as one picture, uint8 [3, rows * H, 8 * W]."""
+    scale, offset = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
+    colours = crops[:_GALLERY_SIZE].detach().float().cpu() * scale + offset
+    shown = colours.clamp(0, 1).mul(255).round().to(torch.uint8)
+    missing = -len(shown) % _GALLERY_COLUMNS
+    shown = torch.cat([shown, shown.new_zeros(missing, *shown.shape[1:])])
+    grid: Tensor = shown.unflatten(0, (-1, _GALLERY_COLUMNS))  # [rows, columns, 3, H, W]
+    return grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

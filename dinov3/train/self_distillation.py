@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.config import TrainConfig
-from dinov3.data.augment import Augmentation, Batch, gallery
+from dinov3.data.augment import Augmentation, Batch
 from dinov3.data.loader import ImageSet, Pipeline
 from dinov3.distributed import rows_of_rank
 from dinov3.train.build import (
@@ -27,7 +27,7 @@ from dinov3.train.learner import Learner, Outcome
 from dinov3.train.method import SelfDistillation, Share
 from dinov3.train.network import Network
 from dinov3.train.objective import Objective
-from dinov3.train.probe import load_probe, patch_colours
+from dinov3.train.probe import gallery, load_probe, patch_colours
 
 _NUM_SHOWN = 8  # probe pictures in TensorBoard
 
@@ -81,6 +81,7 @@ class SelfDistillationPhase:
             learner, Objective(**config.losses.model_dump()), seed=config.seed, gram=gram
         )
         crops = config.crops
+        self._last_step = 0
         self._probe = load_probe(
             images,
             config.health.num_images,
@@ -90,6 +91,7 @@ class SelfDistillationPhase:
 
     def step(self, batch: Batch) -> dict[str, Outcome]:
         """One update."""
+        self._last_step = batch.step
         return {"": self.method.step(batch.step, self.shares(batch))}
 
     def shares(self, batch: Batch) -> list[Share]:
@@ -147,7 +149,7 @@ class SelfDistillationPhase:
         teacher = self.method.teacher
         found = measure(teacher.backbone, teacher.dino_head, self._probe)
         gram = self.method.gram
-        if gram is not None and gram.backbone is not None:
+        if gram is not None and gram.backbone is not None and gram.is_ready(self._last_step):
             found["gram_distance"] = gram_distance(teacher.backbone, self._anchor, self._probe)
         return found
 

@@ -14,8 +14,36 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dinov3.config import DistillConfig
 from dinov3.errors import ConfigError
 from dinov3.models.backbone import build_backbone
+
+
+def group_sizes(config: DistillConfig, world: int) -> list[int]:
+    """Ranks of each student's group, in the recipe's order; one group of all where all share.
+
+    All ranks train every student where there is one student only, or fewer ranks than students.
+
+    Args:
+        config: The resolved recipe.
+        world: All ranks.
+
+    Raises:
+        ConfigError: The ranks cannot be split as the recipe asks.
+    """
+    students = list(config.students.values())
+    if not 1 < len(students) <= world:
+        return [world]
+    costs = [
+        student_cost(
+            one.model.model_dump(),
+            one.crops.global_size,
+            one.crops.local_size,
+            config.crops.num_local,
+        )
+        for one in students
+    ]
+    return share_ranks(costs, [one.ranks for one in students], world, config.batch_size)
 
 
 def student_cost(

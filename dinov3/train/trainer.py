@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dinov3.config import TrainRun
+from dinov3.config import AlignmentHealth, HealthConfig, TrainRun
 from dinov3.data.augment import Batch
 from dinov3.data.loader import ImageSet, Pipeline, TrainingLoader
 from dinov3.distributed import any_rank, from_first_rank, gather_objects, rank, world_size
@@ -85,7 +85,7 @@ class Course:
         num_steps: Length of the run.
         batch_size: Images per step, over all ranks.
         run: What cannot change the result.
-        policy: `non_finite` and `max_consecutive_non_finite` of the recipe's health.
+        policy: What the recipe says of steps that are not finite.
         snapshot_steps: After these steps the method's snapshot is kept for good.
     """
 
@@ -93,7 +93,7 @@ class Course:
     num_steps: int
     batch_size: int
     run: TrainRun
-    policy: Any
+    policy: HealthConfig | AlignmentHealth
     snapshot_steps: Sequence[int] = ()
 
 
@@ -117,6 +117,7 @@ class Trainer:
         self.num_steps = course.num_steps
         self.step = 0
         self.interruptions: list[dict[str, Any]] = []
+        self.collapsed: str | None = None  # why the run ended for good
         self._log_sizes: dict[str, int] = {}
 
     def resume(self, path: Path | None = None) -> bool:
@@ -129,6 +130,7 @@ class Trainer:
         try:
             self.method.restore(facts["method"])
             self.step = facts["step"]
+            self.collapsed = facts["collapsed"]
             self.interruptions = [*facts["interruptions"], {"resumed_at_step": self.step}]
             # a finished run that is extended here keeps its own log where it is
             same_folder = source.resolve().parent == self.folder.resolve()
@@ -145,8 +147,10 @@ class Trainer:
 
         Raises:
             Interrupted: A signal came; the state is saved.
-            TrainingDiverged: Non-finite or collapsed; the state before is saved.
+            TrainingDiverged: Non-finite, and the state before is saved; or collapsed, perhaps in
+                the state it was resumed from.
         """
+        self._refuse_collapsed()
         loader = TrainingLoader(
             self.images,
             augmentation=self.method.pipeline,
@@ -181,7 +185,10 @@ class Trainer:
                 recent.append(seconds)
                 self._guard(batch, outcomes, logs)
                 if self.step in self.course.snapshot_steps:
-                    snapshots.save(self.step, self.method.snapshot(), {"step": self.step})
+                    # on disk before any state of this step: a resumed run never makes it again
+                    snapshots.save(
+                        self.step, self.method.snapshot(), {"step": self.step}, wait=True
+                    )
                 extra = {"wait_fraction": waited / seconds}
                 self._after_step(batch, outcomes, extra, logs, writer)
                 losses = [outcome.numbers["loss"] for outcome in outcomes.values()]
@@ -227,8 +234,13 @@ class Trainer:
     ) -> None:
         found = [one for part in gather_objects(reasons) for one in part] if is_measured else []
         if found:
+            self.collapsed = f"step {self.step}: {found[0]}"
             self.save(logs, writer, wait=True)
-            msg = f"training collapsed at step {self.step}: {found[0]}. Lower the learning rate."
+            self._refuse_collapsed()
+
+    def _refuse_collapsed(self) -> None:
+        if self.collapsed is not None:
+            msg = f"training collapsed at {self.collapsed}. Lower the learning rate."
             raise TrainingDiverged(msg)
 
     def save(self, logs: EventLogs, writer: StateWriter, *, wait: bool = False) -> None:
@@ -242,6 +254,7 @@ class Trainer:
             "step": self.step,
             "method": self.method.facts(),
             "interruptions": self.interruptions,
+            "collapsed": self.collapsed,
             "log_sizes": {name: size for part in sizes for name, size in part.items()},
             "world_size": world_size(),
         }

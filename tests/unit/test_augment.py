@@ -16,7 +16,6 @@ from dinov3.data.augment import (
     View,
     cut,
     draw_parameters,
-    gallery,
 )
 from dinov3.errors import ConfigError
 
@@ -204,17 +203,6 @@ def test_blur_keeps_the_mean_of_a_crop_and_mirrors_at_its_border():
     torch.testing.assert_close(flat, torch.full_like(planes, 0.25))
     identity = colour.blur_(planes.clone(), torch.full((3,), 0.1))
     torch.testing.assert_close(identity, planes)
-
-
-def test_gallery_shows_the_crops_in_rows_of_eight():
-    crops = noise(10, 4)
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    grid = gallery(colour.normalize(colour.to_planes(crops), mean, std), mean, std)
-    assert grid.dtype == torch.uint8
-    assert grid.shape == (3, 2 * 4, 8 * 4)
-    assert torch.equal(grid[:, :4, 4:8], crops[1])
-    assert torch.equal(grid[:, 4:, 4:8], crops[9])
-    assert grid[:, 4:, 8:].max() == 0
 
 
 def test_crops_of_several_sizes_are_refused():

@@ -53,7 +53,7 @@ CONFIG = {
         "val_fraction": 0.25,
     },
     "num_bootstrap": 100,
-    "run": {"batch_size": 8, "device": "cpu"},
+    "run": {"batch_size": 8, "device": "cpu", "threads": None},
 }
 SEEING = 20  # the snapshot that is not blind
 

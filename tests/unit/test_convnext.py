@@ -301,7 +301,7 @@ def test_impossible_architectures_are_refused(fields, message):
 
 
 def test_a_missing_field_is_named():
-    with pytest.raises(ConfigError, match="'dims'"):
+    with pytest.raises(ConfigError, match=r"dims: missing from a ConvNeXt, got depths\. Set dims"):
         ConvNeXtConfig.from_fields({"depths": [1, 1, 1, 1]})
 
 

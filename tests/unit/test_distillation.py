@@ -19,7 +19,8 @@ from dinov3.stage import Stage, atomic_write, open_stage
 from dinov3.state import load_state
 from dinov3.train.build import build_pair
 from dinov3.train.distill import build_distillation, check_grids
-from dinov3.train.distillation import DistillationPhase, FeatureMatching
+from dinov3.train.distillation import DistillationPhase
+from dinov3.train.feature_matching import FeatureMatching
 from dinov3.train.objective import Weights
 from dinov3.train.trainer import Course, Trainer
 from tests.small_training import VIT, copy_of, drawn_images

@@ -258,6 +258,13 @@ def test_a_process_that_nobody_launched_joins_no_world_unless_it_must(monkeypatc
     assert not dist.is_initialized()
 
 
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "999")
+    refused = pytest.raises(ConfigError, match=r"run\.processes: rank 999 of this machine needs a")
+    with refused, join_world(torch.device("cuda")):
+        pass
+
+
 def test_a_world_is_left_when_its_work_fails(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with contextlib.suppress(ConfigError), join_world(CPU, alone=True):

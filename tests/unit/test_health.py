@@ -194,6 +194,15 @@ def test_a_collapsed_backbone_is_caught():
     assert collapse_reason(metrics, LIMITS) is not None
 
 
+def test_features_that_are_not_finite_are_measured_and_refused():
+    backbone, head = network()
+    with torch.no_grad():
+        backbone.norm.weight.fill_(math.inf)
+    metrics = measure(backbone, head, noise(8, 3, 16, 16))
+    assert math.isnan(metrics["rankme"])
+    assert collapse_reason(metrics, LIMITS) is not None
+
+
 def test_a_head_with_one_winning_prototype_is_caught():
     backbone, head = network()
     with torch.no_grad():

@@ -16,11 +16,11 @@ from dinov3.config import DinotxtConfig, DistillConfig, TrainConfig
 from dinov3.distributed import join_world, rank, shard
 from dinov3.errors import ConfigError
 from dinov3.plan import Frozen, frozen_of, plan, plan_recipe, render
-from dinov3.plan.distill import share_ranks
 from dinov3.plan.networks import build_network
 from dinov3.plan.sharding import shard_of
 from dinov3.plan.work import backbone_pass
 from dinov3.recipe import load_recipe
+from dinov3.train.students import group_sizes
 
 ODD_SIZES = [  # rows that two ranks do not share evenly, so that padding shows
     "model.embed_dim=24",
@@ -232,9 +232,32 @@ def test_distillation_groups_hold_their_student_and_a_share_of_the_teacher():
 def test_ranks_are_shared_out_by_cost():
     config = load_recipe("vit7b16/distill", [f"students.{name}.ranks=null" for name in STUDENTS])
     assert isinstance(config, DistillConfig)
-    costs = {"vits": 1.0, "vitsplus": 1.0, "vitb": 2.0, "vitl": 4.0, "vithplus": 8.0}
-    ranks = share_ranks(config, costs, 16)
-    assert ranks == {"vits": 1, "vitsplus": 1, "vitb": 2, "vitl": 4, "vithplus": 8}
+    planned = plan(config, world_size=16, frozen=frozen_of("vit7b16/pretrain"))
+    assert [group.name for group in planned.groups] == list(config.students)
+    assert [group.num_ranks for group in planned.groups] == group_sizes(config, 16)
+
+
+def test_fewer_ranks_than_students_train_all_of_them_together():
+    config = load_recipe("vit7b16/distill", [f"students.{name}.ranks=null" for name in STUDENTS])
+    teacher = frozen_of("vit7b16/pretrain")
+    one, two = (plan(config, world_size=n, frozen=teacher).groups for n in (1, 2))
+    assert [group.num_ranks for group in (*one, *two)] == [1, 2]
+    assert two[0].parameters == one[0].parameters
+    assert two[0].rank_flops == pytest.approx(one[0].rank_flops / 2)
+    assert two[0].traffic["teacher features"] == 0
+
+
+def test_students_receive_the_bottleneck_features_of_the_whole_batch():
+    """In fp32: two CLS features, and on average so many masked patches of each image."""
+    config, teacher = load_recipe("smoke_cpu/distill"), frozen_of("smoke_cpu/pretrain")
+    assert isinstance(config, DistillConfig)
+    assert teacher.heads is not None
+    side = config.crops.global_size // teacher.model.stride
+    masked = 2 * side**2 * config.masks.probability * sum(config.masks.ratio) / 2
+    numbers = 2 * teacher.heads.dino.bottleneck_dim + masked * teacher.heads.ibot.bottleneck_dim
+    for group in plan(config, world_size=2, frozen=teacher).groups:
+        from_the_other = 4 * config.batch_size / 2 * numbers
+        assert group.traffic["teacher features"] == pytest.approx(from_the_other)
 
 
 def test_students_that_share_a_teacher_save_one_pass_of_it():
@@ -303,7 +326,7 @@ def test_an_option_that_is_no_number_is_refused():
 
 def test_ranks_that_are_not_those_of_the_recipe_are_refused():
     config = load_recipe("vitl16_distilled/distill")
-    with pytest.raises(ConfigError, match="world_size: the students need 296 ranks, got 256"):
+    with pytest.raises(ConfigError, match="students: 256 ranks cannot be split among 4 students"):
         plan(config, world_size=256, frozen=frozen_of("vit7b16/pretrain"))
 
 

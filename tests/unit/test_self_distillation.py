@@ -1,6 +1,7 @@
 """Self-distillation as a recipe asks for it, in this process, on drawn pictures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dinov3.data.loader import TrainingLoader
 from dinov3.errors import ConfigError, TrainingDiverged
 from dinov3.models.backbone import build_backbone
 from dinov3.recipe import load_recipe
-from dinov3.state import load_state
+from dinov3.state import load_state, state_path
 from dinov3.train.build import build_pair, micro_batches
 from dinov3.train.phases import check_inputs
 from dinov3.train.self_distillation import SelfDistillationPhase
@@ -237,6 +238,44 @@ def test_a_recipe_may_pass_over_steps_that_are_not_finite(images, tmp_path):
     assert bad == [0, 1, 2]
 
 
+def test_a_collapsed_run_is_refused_again_however_often_it_is_started(images, tmp_path):
+    """Also where it collapsed at the last step, after which nothing would be left to judge."""
+    overrides = ("health.after_step=0", "health.min_participation_ratio=1000")
+    message = "training collapsed at step 1: participation_ratio"
+    with pytest.raises(TrainingDiverged, match=message):
+        a_trainer(a_phase(images, *overrides), images, tmp_path, 1).run()
+    again = a_trainer(a_phase(images, *overrides), images, tmp_path, 1)
+    assert again.resume()
+    with pytest.raises(TrainingDiverged, match=message):
+        again.run()
+
+
+def test_a_snapshot_is_on_disk_before_the_state_of_its_step(images, tmp_path):
+    """A run resumed from that state would never make it again."""
+
+    class Watched(Trainer):
+        seen = ()
+
+        def save(self, logs, writer, *, wait=False):
+            self.seen = (*self.seen, state_path(tmp_path / "snapshots", self.step).is_dir())
+            super().save(logs, writer, wait=wait)
+
+    phase = a_phase(images, "snapshots={steps: [1]}", "run.checkpoint_every=1", phase="pretrain")
+    course = a_trainer(phase, images, tmp_path, 2).course
+    watched = Watched(phase, images, tmp_path, replace(course, snapshot_steps=(1, 2)))
+    watched.run()
+    assert watched.seen == (True, True)
+
+
+def test_the_distance_to_a_gram_teacher_that_is_still_to_come_is_not_measured(images):
+    phase = a_phase(images, "gram.teacher=ema@1", "crops.gram_size=null")
+    outcomes_of(phase, images, 1)
+    assert "gram_distance" not in phase.measure(phase.learner)
+    for batch in batches(phase, images, 1, start_step=1):
+        phase.step(batch)
+    assert "gram_distance" in phase.measure(phase.learner)
+
+
 def test_rehearsing_changes_nothing(images):
     phase = a_phase(images, phase="highres")
     before = copy_of(phase.tensors())
@@ -257,6 +296,11 @@ def test_student_and_ema_begin_equal_and_drawn_from_the_seed(images):
 
 CONTRADICTIONS = [
     ("gram", ["gram.teacher=student"], r"gram\.teacher: must be checkpoint, ema or ema@STEP"),
+    (
+        "gram",
+        ["gram.teacher=ema@5"],
+        r"gram\.teacher: the run ends before its EMA is copied, got ema@5 for 5 steps",
+    ),
     ("gram", ["gram.teacher=ema@"], r"gram\.teacher: must be .* got 'ema@'"),
     ("gram", ["gram.teacher=ema@-1"], r"gram\.teacher: must be .* got 'ema@-1'"),
     ("gram", ["gram.teacher=ema", "crops.gram_size=null"], r"gram\.refresh: the living EMA"),

@@ -64,11 +64,6 @@ def test_a_sample_far_below_all_others_keeps_its_distribution():
     assert probs[3].sum().item() == pytest.approx(1)
 
 
-def test_the_number_of_samples_cancels():
-    counted = sinkhorn_knopp(logits(), temperature=0.1, num_samples=torch.tensor([5]))
-    assert torch.equal(counted, sinkhorn_knopp(logits(), temperature=0.1))
-
-
 def test_targets_carry_no_gradient_and_are_fp32():
     probs = sinkhorn_knopp(logits().bfloat16().requires_grad_(), temperature=0.1)
     assert not probs.requires_grad

@@ -5,7 +5,8 @@ from itertools import product
 import pytest
 
 from dinov3.errors import ConfigError
-from dinov3.train.students import share_ranks, student_cost, teacher_rows
+from dinov3.recipe import load_recipe
+from dinov3.train.students import group_sizes, share_ranks, student_cost, teacher_rows
 from tests.small_training import VIT
 
 CONVNEXT = {
@@ -55,6 +56,16 @@ def test_ranks_without_images_are_only_those_beyond_the_batch():
 
 def test_one_group_shows_what_it_holds():
     assert teacher_rows((2,), 6) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_all_ranks_train_every_student_where_those_are_more_or_only_one():
+    config = load_recipe("smoke_cpu/distill")
+    names = list(config.students)
+    assert len(names) > 1
+    assert group_sizes(config, 1) == [1]
+    assert group_sizes(config, len(names)) == [1] * len(names)
+    alone = config.model_copy(update={"students": {names[0]: config.students[names[0]]}})
+    assert group_sizes(alone, 4) == [4]
 
 
 def slowest(costs, split):

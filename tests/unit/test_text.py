@@ -139,7 +139,11 @@ def test_captions_of_another_length_are_refused(tokens):
         ({"num_heads": 3}, "embed_dim: must be a multiple of num_heads = 3, got 32"),
         ({"ffn_ratio": 0.0}, r"ffn_ratio: must be positive, got 0\.0"),
         ({"pooler": "mean"}, "pooler: must be one of first, last, argmax, got 'mean'"),
-        ({"num_head": 2}, "num_head: no such field of a text tower. Did you mean num_heads?"),
+        ({"depth": "2"}, "model: .* Correct the field"),
+        (
+            {"num_head": 2},
+            "num_head: no such field of a text tower, got 2. Did you mean num_heads?",
+        ),
     ],
 )
 def test_impossible_text_towers_are_refused(changes, match):
@@ -163,7 +167,10 @@ def test_a_missing_field_is_named():
         ({"embed_dim": 63}, "embed_dim: must be a multiple of 2, got 63"),
         ({"text": {**TEXT, "out_dim": 8}}, "text.out_dim: must be null or embed_dim = 64, got 8"),
         ({"text": {**TEXT, "poler": "last"}}, "poler: no such field .* Did you mean pooler"),
-        ({"num_headblocks": 1}, "num_headblocks: no such field of a dino.txt model. Did you"),
+        (
+            {"num_headblocks": 1},
+            "num_headblocks: no such field of a dino.txt model, got 1. Did you",
+        ),
         (
             {"use_class_token": False, "use_patch_tokens": False},
             "use_patch_tokens: must be true where use_class_token is false, got False",
