@@ -11,7 +11,7 @@ from dinov3.evals.baselines import MAJORITY, MODEL
 from dinov3.evals.dense import palette
 from dinov3.evals.phase_findings import comparisons, headline_measures, measure_of
 from dinov3.evals.phase_pictures import Exhibit
-from dinov3.evals.template import STYLE
+from dinov3.evals.template import HEAD, PROVENANCE, STYLE
 from dinov3.release.record import Edge
 
 Row = Mapping[str, Any]
@@ -96,21 +96,9 @@ h3 { font-size: .85rem; margin: 1.2rem 0 0; overflow-wrap: anywhere; }
 .exhibit img.patches { image-rendering: pixelated; }
 """
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>{{ style }}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>{{ title }}</h1>
-<p class="soft">{{ names | length }} models on the same pictures:
+_PAGE = (
+    HEAD
+    + """<p class="soft">{{ names | length }} models on the same pictures:
 {{ report.dataset.num_train }} labelled ones to look at, {{ report.dataset.num_test }} held out and
 judged, {{ report.dataset.num_scenes }} scenes. Contamination: {{ report.dataset.contamination }}.
 All intervals are bootstrap 95 %.</p>
@@ -239,18 +227,6 @@ recipe's pixels; a model that sees pictures larger sees the same cut.</p>
 <tr><th>{{ model.name }}{% if model.against %}<small>after {{ model.against }}</small>{% endif %}
 </th><td><code>{{ model.sha256 }}</code></td></tr>
 {%- endfor %}
-<tr><th>dataset</th><td><code>{{ report.dataset.sha256 }}</code></td></tr>
-<tr><th>code</th><td><code>{{ report.code }}</code></td></tr>
-<tr><th>config</th><td><code>{{ report.config }}</code></td></tr>
-{%- for edge in pieces.edges %}
-<tr><th>read {{ edge.role }}</th><td><code>{{ edge.name }} {{ edge.sha256 }},
-{{ 'made by record ' ~ edge.record if edge.record else 'the chain begins here' }}</code></td></tr>
-{%- endfor %}
-</tbody></table></div>
-<p class="soft"><code>python -m dinov3 lineage</code> with any of these digests prints the chain of
-records down to the pictures.</p>
-</section>
-</main>
-</body>
-</html>
 """
+    + PROVENANCE
+)

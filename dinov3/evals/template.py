@@ -80,7 +80,8 @@ ul { padding-left: 1.2rem; margin: .4rem 0; }
 @media (max-width: 40rem) { .row { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
 """
 
-PAGE = """<!doctype html>
+# what every page begins with; takes `title` and `style`
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -94,7 +95,28 @@ PAGE = """<!doctype html>
 <main>
 <header>
 <h1>{{ title }}</h1>
-<p class="soft">{{ report.dataset.num_train }} labelled pictures to look at,
+"""
+
+# what a page of one or several models ends with; takes `report` and the edges of `pieces`
+PROVENANCE = """<tr><th>dataset</th><td><code>{{ report.dataset.sha256 }}</code></td></tr>
+<tr><th>code</th><td><code>{{ report.code }}</code></td></tr>
+<tr><th>config</th><td><code>{{ report.config }}</code></td></tr>
+{%- for edge in pieces.edges %}
+<tr><th>read {{ edge.role }}</th><td><code>{{ edge.name }} {{ edge.sha256 }},
+{{ 'made by record ' ~ edge.record if edge.record else 'the chain begins here' }}</code></td></tr>
+{%- endfor %}
+</tbody></table></div>
+<p class="soft"><code>python -m dinov3 lineage</code> with any of these digests prints the chain of
+records down to the pictures.</p>
+</section>
+</main>
+</body>
+</html>
+"""
+
+PAGE = (
+    HEAD
+    + """<p class="soft">{{ report.dataset.num_train }} labelled pictures to look at,
 {{ report.dataset.num_test }} held out and judged, {{ report.dataset.classes | length }} classes.
 Contamination: {{ report.dataset.contamination }}. All intervals are bootstrap 95 %.</p>
 </header>
@@ -320,3 +342,4 @@ records down to the pictures.</p>
 </body>
 </html>
 """
+)

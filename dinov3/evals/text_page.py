@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dinov3.evals.baselines import MODEL
-from dinov3.evals.template import STYLE
+from dinov3.evals.template import HEAD, PROVENANCE, STYLE
 from dinov3.evals.text_findings import TEXT_SUBJECTS
 from dinov3.evals.text_pictures import Query, SceneRow, class_colours
 from dinov3.release.record import Edge
@@ -81,20 +81,9 @@ _OWN_STYLE = """
 .swatch { display: inline-block; width: .8em; height: .8em; margin: 0 .25em 0 .8em; }
 """
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>{{ style }}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>{{ title }}</h1>
+_PAGE = (
+    HEAD
+    + """\
 <p class="soft">Pictures against texts, on held-out pictures alone; no label and no mask was trained
 on. {{ report.dataset.num_test }} labelled held-out pictures of
 {{ report.dataset.classes | length }} classes, {{ report.dataset.num_test_pairs }} held-out pairs of
@@ -212,18 +201,6 @@ picture seen whole. White: background; grey: ignored.</p>
 {%- for name in ('name', 'sha256', 'tensors', 'record') %}
 <tr><th>model {{ name }}</th><td><code>{{ report.model[name] }}</code></td></tr>
 {%- endfor %}
-<tr><th>dataset</th><td><code>{{ report.dataset.sha256 }}</code></td></tr>
-<tr><th>code</th><td><code>{{ report.code }}</code></td></tr>
-<tr><th>config</th><td><code>{{ report.config }}</code></td></tr>
-{%- for edge in pieces.edges %}
-<tr><th>read {{ edge.role }}</th><td><code>{{ edge.name }} {{ edge.sha256 }},
-{{ 'made by record ' ~ edge.record if edge.record else 'the chain begins here' }}</code></td></tr>
-{%- endfor %}
-</tbody></table></div>
-<p class="soft"><code>python -m dinov3 lineage</code> with any of these digests prints the chain of
-records down to the pictures.</p>
-</section>
-</main>
-</body>
-</html>
 """
+    + PROVENANCE
+)

@@ -170,12 +170,16 @@ class SelfDistillation:
         return balanced_targets(cls_logits, patch_logits, temperature, self.learner.group)
 
     def predictions(self, step: int, share: Share) -> Predictions:
-        """The student sees masked global crops and whole local ones."""
+        """Both heads over what the student sees."""
+        of_global, of_local = self._see(step, share)
+        return predict(self.student, of_global, of_local, share.masks)
+
+    def _see(self, step: int, share: Share) -> Any:
+        """The student sees masked global crops and whole local ones; equal calls see the same."""
         self._reseed(step, share)
-        of_global, of_local = self.student.backbone.forward_features(
+        return self.student.backbone.forward_features(
             [share.global_crops, share.local_crops], [self._input_masks(share), None]
         )
-        return predict(self.student, of_global, of_local, share.masks)
 
     def terms(self, predictions: Predictions, target: Any, share: Share) -> dict[str, Tensor]:
         """The terms that are means over images."""
@@ -237,11 +241,8 @@ class SelfDistillation:
         """One more forward pass of the student: what a term over several micro-batches costs."""
         cls, patches = [], []
         for share in shares:
-            self._reseed(step, share)
             # packed on an accelerator, local crops take part in the draws of stochastic depth
-            features = self.student.backbone.forward_features(
-                [share.global_crops, share.local_crops], [self._input_masks(share), None]
-            )[0]
+            features, _ = self._see(step, share)
             cls.append(features["x_norm_clstoken"].float().unflatten(0, (NUM_GLOBAL, -1)))
             patches.append(features["x_norm_patchtokens"].float())
         return cls, patches
