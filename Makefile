@@ -3,22 +3,32 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 SOURCE ?=
+PORT ?= 3000
 export SOURCE
 export DAGSTER_HOME := $(CURDIR)/.dagster
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # oversubscribed OpenMP threads can be many times slower than one
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-all lint fmt types bench ui board clean
+.PHONY: help setup demo demo-lakefs lakefs lakefs-stop test test-all lint fmt types bench ui board clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-setup: ## make .venv and .venv-dvc from the lock files
+setup: ## make .venv and .venv-dvc from the lock files, build the lakeFS server once
 	@tools/setup
 
-demo: setup ## pictures in, an evaluated backbone out; SOURCE=folder:/my/pictures for your own
+demo: setup ## pictures in, a signed release out; SOURCE=folder:/my/pictures for your own
 	@tools/demo
+
+demo-lakefs: setup ## two releases of the demo's model through a real lakeFS server on loopback
+	@tools/demo-lakefs
+
+lakefs: setup ## lakeFS on loopback, state and keys in .dinov3/lakefs
+	@$(BIN)/python tools/lakefs/server.py start
+
+lakefs-stop: ## end that server
+	@$(BIN)/python tools/lakefs/server.py stop
 
 test: setup lint types ## lint, types, import contracts, tests
 	$(TEST) -m "not slow"
@@ -43,9 +53,10 @@ bench: setup ## speed as ratios in one run, one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m dinov3.bench
 
 ui: setup ## Dagster on loopback, state in .dagster
-	@mkdir -p .dagster
+	@mkdir -p .dagster/.nux
 	@cp orchestration/dagster.yaml .dagster/dagster.yaml
-	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p 3000
+	@echo 'seen: 1' >.dagster/.nux/nux.yaml
+	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p $(PORT)
 
 board: setup ## TensorBoard on loopback
 	$(BIN)/tensorboard --logdir data --host 127.0.0.1 --port 6006

@@ -2,18 +2,22 @@
 
 import dagster as dg
 
-from assets.checks import curation_sane, manifest_verdict
+from assets.judged import CHECKS
 from orchestration.runner import stage_asset
 
-raw_images = dg.AssetSpec(
-    "raw_images",
-    group_name="data",
-    description="The source of images that params.yaml names; nothing here makes it.",
+raw_images = dg.AssetsDefinition(  # of a module's bare specs Dagster takes none
+    specs=[
+        dg.AssetSpec(
+            "raw_images",
+            group_name="data",
+            description="The source of images that params.yaml names; nothing here makes it.",
+        )
+    ]
 )
 
 image_manifest = stage_asset(
     "image_manifest", group="data", kinds={"polars", "parquet"},
-    checks={"verdict": manifest_verdict},
+    checks=CHECKS["image_manifest"],
     description="One row per decodable image, judged; the unreadable ones with their reasons.",
 )  # fmt: skip
 
@@ -24,6 +28,6 @@ image_embeddings = stage_asset(
 
 curated_dataset = stage_asset(
     "curated_dataset", group="data", kinds={"polars", "parquet"},
-    checks={"sane": curation_sane},
+    checks=CHECKS["curated_dataset"],
     description="Deduplicated, clustered and balanced; every left-out row says why.",
 )  # fmt: skip

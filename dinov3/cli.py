@@ -2,7 +2,8 @@
 
 Stages (their command lines stand in dvc.yaml): manifest, embeddings, curate, report, text-report,
 compare; those of training in `cli_training`; export and replay in `cli_weights`.
-For people: config, plan, stamps, calibrate, eval, embed, summary; lineage and source in `__main__`.
+For people: config, plan, stamps, calibrate, eval, embed, summary; releases and their stores in
+`cli_release`, `cli_store` and `cli_reevaluate`; verify, lineage, keys, adopt, lake in `__main__`.
 Exit codes: 0 done, 1 lineage broken, 2 cannot be done as asked, 3 refused by its own checks,
 130 interrupted and resumable.
 """
@@ -13,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from dinov3 import cli_training, cli_weights
+from dinov3 import cli_reevaluate, cli_release, cli_store, cli_training, cli_weights
 from dinov3.cli_options import (
     Dataset,
     Manifest,
@@ -29,17 +30,20 @@ from dinov3.cli_options import (
 from dinov3.config import TrainConfig, config_digest
 from dinov3.errors import DinoError
 from dinov3.recipe import load_recipe
+from dinov3.release.render import printable
 
 app = typer.Typer(
     name="dinov3",
-    help="DINOv3 as a system: curate, train, evaluate, and say what a weight file is made of.",
+    help="DINOv3 as a system: curate, train, release, and say what a weight file is made of.",
+    epilog="Also, each with --help: verify, lineage, keys, adopt, lake, source.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.registered_commands += cli_training.app.registered_commands
-app.registered_commands += cli_weights.app.registered_commands
+for _verbs in (cli_training, cli_weights, cli_release, cli_store, cli_reevaluate):
+    app.registered_commands += _verbs.app.registered_commands
+app.add_typer(cli_store.releases, name="releases")
 
 
 def run(arguments: list[str]) -> int:
@@ -50,7 +54,9 @@ def run(arguments: list[str]) -> int:
         from dinov3.ranks import report_end
 
         report_end(error.exit_code, str(error))
-        sys.stderr.write(f"dinov3: {error}\n")
+        # a foreign name in it must not steer the terminal
+        said = "\n".join(printable(line) for line in str(error).splitlines())
+        sys.stderr.write(f"dinov3: {said}\n")
         return error.exit_code
     except typer.Exit as leave:
         return leave.exit_code

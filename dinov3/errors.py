@@ -50,3 +50,27 @@ class RankLost(DinoError):
     """Another rank is gone; the command that started the ranks knows why."""
 
     exit_code = 4
+
+
+class ReleaseRefused(DinoError):
+    """A release's own gates refuse it: nothing was signed."""
+
+    exit_code = 3
+
+
+class KeyUnusable(DinoError):
+    """A signing key that is not there, is open to others, or cannot be read."""
+
+
+class StoreError(DinoError):
+    """A store of releases, or its server, that cannot do what was asked."""
+
+
+class StoreMissing(StoreError):
+    """No store was ever made at that place."""
+
+
+class AlreadyPublished(StoreError):
+    """The version is published with other bytes."""
+
+    exit_code = 1

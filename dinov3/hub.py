@@ -37,6 +37,8 @@ Family = TypeVar("Family", VisionTransformer, ConvNeXt)
 WEIGHTS_FORM = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BACKBONE_NAME = "backbone.safetensors"  # in an artifact
+RELEASED_NAME = "model.safetensors"  # the same bytes in a release
 MAX_IMAGE_SIZE = 8192  # pixels per side; a float picture of this size takes 0.8 GB
 _SATELLITE_HASH = {"dinov3_vitl16": "eadcf0ff", "dinov3_vit7b16": "a6675841"}
 
@@ -127,24 +129,46 @@ dinov3_convnext_base = _builder("dinov3_convnext_base", build_convnext)
 dinov3_convnext_large = _builder("dinov3_convnext_large", build_convnext)
 
 
-def load(directory: str | Path, *, role: Role = "teacher", device: Device = None) -> Backbone:
+def load(
+    directory: str | Path,
+    *,
+    role: Role = "teacher",
+    key: str | Path | None = None,
+    expect: str | None = None,
+    device: Device = None,
+) -> Backbone:
     """Open a backbone this project trained, in eval mode.
 
     Args:
-        directory: Holds config.json and backbone.safetensors.
+        directory: Holds config.json and backbone.safetensors, or a release.
         role: The EMA teacher, which is what to use, or the student.
+        key: Public key of a release's publisher: the release is verified, and the model is made of
+            the very bytes that were.
+        expect: With a key, `MODEL@VERSION` that the release must be.
         device: Where the model goes.
 
     Raises:
-        CheckpointError: The directory does not hold exactly such a model.
+        CheckpointError: The directory does not hold exactly such a model, or cannot be verified.
+        LineageBroken: With a key: the release is refused.
+        ConfigError: `expect` without a key.
     """
     folder = Path(directory)
-    config = _read_config(folder)
-    path = folder / "backbone.safetensors"
+    is_release = (folder / RELEASED_NAME).exists() and not (folder / BACKBONE_NAME).exists()
+    path = folder / (RELEASED_NAME if is_release else BACKBONE_NAME)
+    if key is not None:
+        from dinov3.verified_weights import read_verified  # lazily: plain weights need no verifier
+
+        fields, content = read_verified(folder, Path(key), expect)
+        config = _config_of(fields, folder / "config.json")
+    elif expect is not None:
+        msg = f"expect: says nothing without the publisher's key, got {expect!r}. Give key=."
+        raise ConfigError(msg)
+    else:
+        config, content = _read_config(folder), read_tensors(path)
     prefix = f"{role}."
     tensors = {
         name.removeprefix(prefix): value
-        for name, value in read_tensors(path).items()
+        for name, value in content.items()
         if name.startswith(prefix)
     }
     if not tensors:
@@ -306,7 +330,16 @@ def _is_satellite(name: str, weights: Weights | Path) -> bool:
 def _read_config(folder: Path) -> BackboneConfig:
     path = folder / "config.json"
     try:
-        return backbone_config(json.loads(path.read_text(encoding="utf-8"))["model"])
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"{path}: not the config of a backbone, got {error!r}. Pass a model's directory."
+        raise CheckpointError(msg) from error
+    return _config_of(fields, path)
+
+
+def _config_of(fields: Any, path: Path) -> BackboneConfig:
+    try:
+        return backbone_config(fields["model"])
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         msg = f"{path}: not the config of a backbone, got {error!r}. Pass a model's directory."
         raise CheckpointError(msg) from error

@@ -8,16 +8,20 @@ dvc trusts modification times, so every input is hashed against the record besid
 """
 
 import contextlib
+import fcntl
+import glob
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
 from dinov3.errors import DataError, LineageBroken
+from dinov3.release.policy_terms import NO_WEIGHTS
 from dinov3.release.record import (
     RECORD_NAME,
     RUN_NAME,
@@ -30,12 +34,13 @@ from dinov3.release.record import (
     file_sha256,
     read_record,
 )
-from dinov3.release.tensors import tensor_digest
+from dinov3.release.tensors import hash_stream
 
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent
 EVENTS_NAME = "events.jsonl"
 BOARD_NAME = "tensorboard"
+TRAINING_DATA, UNKNOWN = "training_data", "unknown"  # a fact that everything below inherits
 _BESIDE_RECORD = {EVENTS_NAME, BOARD_NAME}  # they hold times, which the inputs do not determine
 
 
@@ -65,6 +70,7 @@ class Stage:
         self.run_facts: dict[str, Any] = {}
         self._edges: list[Edge] = []
         self._licences: set[str] = set()
+        self._has_unknown_data = False
         self._started = time.time()
         self._partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
 
@@ -102,24 +108,32 @@ class Stage:
                 f"Restore it with dvc checkout --force, or make it anew."
             )
             raise LineageBroken(msg)
-        self._edges.append(Edge(role, name, sha256, file_sha256(record_path)))
-        self._licences.update(record.licences.get("out", ()))
+        self.add_edge(Edge(role, name, sha256, file_sha256(record_path)), record)
         return path
 
     def read_root(self, role: str, name: str, sha256: str, licences: set[str]) -> None:
-        """Adds the edge to something outside the graph: here the chain begins."""
+        """Adds the edge to something outside the graph: here the chain begins.
+
+        Outside weights were trained on nobody here knows what.
+        """
         self._edges.append(Edge(role, name, sha256, None))
         self._licences.update(licences)
+        self._has_unknown_data |= role not in NO_WEIGHTS
 
-    def add_edge(self, edge: Edge, licences: Iterable[str]) -> None:
-        """Adds an input whose bytes are vouched for elsewhere, with its licences."""
+    def add_edge(self, edge: Edge, record: Record) -> None:
+        """Adds an input whose bytes are vouched for, with what its record passes on.
+
+        That is its licences, and that somewhere above stand weights of unknown training data.
+        """
         self._edges.append(edge)
-        self._licences.update(licences)
+        self._licences.update(record.licences.get("out", ()))
+        self._has_unknown_data |= record.facts.get(TRAINING_DATA) == UNKNOWN
 
     def adopt(self, other: "Stage") -> None:
         """Takes over inputs, licences and facts of a stage that is made by the same run."""
         if other is not self:
             self._edges, self._licences = list(other._edges), set(other._licences)
+            self._has_unknown_data = other._has_unknown_data
             self.facts = dict(other.facts)
 
     @property
@@ -151,13 +165,14 @@ class Stage:
             seeds=self.seeds,
             steps=self.steps,
             licences={"in": licences, "out": licences},
-            facts=self.facts,
+            facts={**self.facts, **self._inherited_facts()},
         ).to_bytes()
         atomic_write(self._partial / RECORD_NAME, record)
         run = {
             "record": file_sha256(self._partial / RECORD_NAME),
             "started": round(self._started, 3),
             "finished": round(time.time(), 3),
+            "versions": {"python": platform.python_version(), **_versions()},
             "host_class": f"{platform.system()}-{platform.machine()}-{os.cpu_count()}cpu".lower(),
             "beside": {name.as_posix(): file_sha256(files[name]) for name in sorted(beside)},
             **_working_tree(),
@@ -166,15 +181,30 @@ class Stage:
         atomic_write(self._partial / RUN_NAME, canonical_json(run))
         self._publish()
 
+    @property
+    def contamination(self) -> str:
+        """Of training and evaluation: "none", or "unknown" below outside weights."""
+        return UNKNOWN if self._has_unknown_data else "none"
+
+    def _inherited_facts(self) -> dict[str, str]:
+        return {TRAINING_DATA: UNKNOWN} if self._has_unknown_data else {}
+
     def _publish(self) -> None:
-        """Moves the files to their place, the record last: a record never names missing bytes."""
-        files = [path for path in self._partial.rglob("*") if path.is_file()]
+        """Moves all to its place, the record last: a record never names missing bytes.
+
+        A folder takes the place of the one before it, so that nothing of that one stays.
+        """
+        for path in self._partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        self.output.mkdir(exist_ok=True)
         (self.output / RECORD_NAME).unlink(missing_ok=True)
-        for path in sorted(files, key=lambda path: path.name == RECORD_NAME):
-            target = self.output / path.relative_to(self._partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        made = sorted(self._partial.iterdir(), key=lambda path: path.name == RECORD_NAME)
+        for path in made:
+            target = self.output / path.name
+            if path.is_dir() and target.exists():
+                target.rename(self._partial / f".{path.name}.before")
             path.replace(target)
 
 
@@ -193,23 +223,65 @@ def open_stage(name: str, output: Path, *, config: Mapping[str, Any]) -> Iterato
     stage = Stage(name, output, config)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(stage.path(""), ignore_errors=True)
-        stage.path("").mkdir()
-        yield stage
-        stage._finish()
+        with _own_folder(stage.path("")):
+            yield stage
+            stage._finish()
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(output.parent)):
             raise
         msg = f"{output}: cannot be written: {error}. Free the disk or choose another folder."
         raise DataError(msg) from error
+
+
+@contextlib.contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Makes `.NAME.partial-PID` for this run and removes it after; those of dead runs go first.
+
+    A run holds a lock on its folder, which the system lifts whenever and however the run ends.
+    """
+    beginning = folder.name.removesuffix(str(os.getpid()))
+    with contextlib.ExitStack() as own:
+        with _locked(folder.parent, fcntl.LOCK_EX):  # nobody clears a folder before it is locked
+            for left in folder.parent.glob(f"{glob.escape(beginning)}*"):
+                _clear(left, is_ours=left == folder)
+            folder.mkdir()
+            own.enter_context(_locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            own.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield
+
+
+def _clear(left: Path, *, is_ours: bool) -> None:
+    """Removes a folder that nobody holds; without locks only our own name is surely nobody's."""
+    with (
+        contextlib.suppress(OSError),  # its run has just ended, or it is another user's
+        _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB) as is_held,
+    ):
+        if is_held or (is_held is None and is_ours):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[bool | None]:
+    """Whether the folder's lock is held: None where the file system has no locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        is_held: bool | None = True
+        try:
+            fcntl.flock(descriptor, how)
+        except BlockingIOError:
+            is_held = False
+        except OSError:
+            is_held = None
+        yield is_held
     finally:
-        shutil.rmtree(stage.path(""), ignore_errors=True)
+        os.close(descriptor)
 
 
 def describe_file(path: Path) -> Output:
     """Identity of a file; weights also get their tensor digest."""
-    tensors = tensor_digest(path) if path.suffix == ".safetensors" else None
-    return Output(file_sha256(path), path.stat().st_size, tensors)
+    with path.open("rb", buffering=0) as stream:
+        found = hash_stream(stream, weights=path.suffix == ".safetensors")
+    return Output(found.sha256, found.bytes, found.tensors)
 
 
 def code_digest() -> str:
@@ -224,8 +296,6 @@ def environment_digest() -> str:
     lock = CHECKOUT / "requirements.lock"
     if lock.is_file():
         return file_sha256(lock)
-    from importlib.metadata import distributions
-
     return digest_of(sorted([dist.name, dist.version] for dist in distributions()))
 
 
@@ -248,6 +318,15 @@ def _working_tree() -> dict[str, Any]:
     dirty = bool(difference.strip() or untracked.strip())
     diff = difference + "".join(f"untracked: {name}\n" for name in untracked.splitlines())
     return {"commit": commit.strip(), "dirty": dirty, "diff": diff if dirty else None}
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that decide bits, where they are installed."""
+    found = {}
+    for name in ("torch", "torchvision", "polars"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git(*arguments: str) -> str | None:

@@ -150,6 +150,13 @@ def _existing(path: Path) -> Path:
     return path
 
 
+# what torch's reader raises on damaged files, found by flipping their bits
+_DAMAGED = (
+    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError),
+    *(RuntimeError, ValueError, LookupError, AssertionError, TypeError, AttributeError),
+)
+
+
 def _read_file(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
@@ -157,7 +164,7 @@ def _read_file(path: Path) -> object:
         # only the zip format, the usual one, can be mapped into memory
         mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except _DAMAGED as error:
         first = str(error).partition("\n")[0]
         msg = f"{path}: not a readable file of weights, got {first!r}. Fetch or export it again."
         raise CheckpointError(msg) from error

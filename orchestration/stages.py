@@ -20,6 +20,7 @@ from orchestration.dvcfile import read_stages
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DATA = "data"  # artifacts live in data/<stage>/, sources are seen as data/<root>/
+RELEASE_LOG = "data/release_log"  # decisions of people, in git as code is
 RUN_NAME = "run.json"
 # written by a stage, but not determined by its inputs: when, where, how long
 UNDETERMINED = frozenset({RUN_NAME, "events.jsonl", "tensorboard"})
@@ -193,7 +194,8 @@ def _stage(
             msg = f"dvc.yaml: {name}: part of an output, got {dep}. Name whole outputs as deps."
             raise ConfigError(msg)
         upstream += made_by
-        if not made_by and PurePosixPath(dep).parts[0] == DATA:
+        in_git = PurePosixPath(dep).is_relative_to(RELEASE_LOG)
+        if not made_by and not in_git and PurePosixPath(dep).parts[0] == DATA:
             roots.append(PurePosixPath(dep).parts[1])
         elif not made_by:
             code.append(dep)

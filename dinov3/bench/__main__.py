@@ -4,9 +4,10 @@
     python -m dinov3.bench step           the parts of a training step, images per second
     python -m dinov3.bench distillation   two students together, against two runs
     python -m dinov3.bench checkpoints    how long a background write holds up the loop
+    python -m dinov3.bench hashing        file and tensor digests in one pass, against one digest
     python -m dinov3.bench --against REF  a step here, against one of another commit
 
-Without a part all four are measured.
+Without a part all five are measured.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dinov3.bench.against import step_against
 from dinov3.bench.augmentation import augmentation_ratio
 from dinov3.bench.checkpoints import checkpoint_stall
 from dinov3.bench.distillation import distillation_ratio
+from dinov3.bench.hashing import hashing_ratio
 from dinov3.bench.pictures import DrawnImages
 from dinov3.config import TrainConfig
 from dinov3.errors import DinoError
@@ -76,11 +78,17 @@ def _checkpoints() -> dict[str, float]:
         return checkpoint_stall(_demo(), DrawnImages(256, _SIDE), Path(folder))
 
 
+def _hashing() -> dict[str, float]:
+    with tempfile.TemporaryDirectory(prefix="dinov3-bench-") as folder:
+        return hashing_ratio(Path(folder))
+
+
 _PARTS: dict[str, tuple[str, Callable[[], dict[str, float]]]] = {
     "augmentation": ("augmentation", _augmentation),
     "step": ("training step", _step),
     "distillation": ("distillation", distillation_ratio),
     "checkpoints": ("checkpoints", _checkpoints),
+    "hashing": ("hashing", _hashing),
 }
 
 if __name__ == "__main__":

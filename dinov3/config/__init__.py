@@ -22,6 +22,14 @@ from dinov3.config.evals import (
     SegmentationConfig,
 )
 from dinov3.config.models import AnyModel, ConvNextModel, HeadConfig, HeadsConfig, VitModel
+from dinov3.config.reevaluation import ReevaluationConfig
+from dinov3.config.release import (
+    CardConfig,
+    PolicyConfig,
+    ReleaseConfig,
+    ThresholdConfig,
+    resolved_policy,
+)
 from dinov3.config.schedules import ComputeConfig, HealthConfig, ScheduleConfig, TrainRun
 from dinov3.config.text import AlignmentHealth, CaptionsConfig, DinotxtConfig
 from dinov3.config.train import (
@@ -49,12 +57,15 @@ type_of_phase: dict[str, type[Section]] = {
     "captions": CaptionsConfig,
     "dinotxt": DinotxtConfig,
     "evals": EvalsConfig,
+    "release": ReleaseConfig,
+    "reevaluation": ReevaluationConfig,
 }
 
 __all__ = [
     "AlignmentHealth",
     "AnyModel",
     "CaptionsConfig",
+    "CardConfig",
     "Colour",
     "CompositesConfig",
     "ComputeConfig",
@@ -76,18 +87,23 @@ __all__ = [
     "LossesConfig",
     "ManifestConfig",
     "MultiCropConfig",
+    "PolicyConfig",
+    "ReevaluationConfig",
     "RefreshConfig",
+    "ReleaseConfig",
     "Resolution",
     "ScheduleConfig",
     "Section",
     "SegmentationConfig",
     "SplitConfig",
     "StudentConfig",
+    "ThresholdConfig",
     "TrainConfig",
     "TrainRun",
     "TrainingConfig",
     "VitModel",
     "config_digest",
     "dump",
+    "resolved_policy",
     "type_of_phase",
 ]

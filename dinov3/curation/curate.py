@@ -6,7 +6,7 @@ near-duplicates; what remains is clustered, and balanced sampling keeps `keep_fr
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,12 @@ from dinov3.curation.kmeans import Clusters, hierarchical_kmeans
 from dinov3.curation.neighbours import Floats, Ints
 from dinov3.curation.sampling import balanced_sample
 from dinov3.errors import ConfigError, DataError, LineageBroken
+from dinov3.release.images import (
+    ROLE_CLUSTERED,
+    ROLE_EVALUATED,
+    ROLE_TRAINED,
+    write_images,
+)
 from dinov3.release.record import RECORD_NAME, canonical_json, read_record
 from dinov3.stage import Stage, atomic_write, open_stage
 
@@ -32,6 +38,17 @@ NEAR = "near-duplicate"
 NEAR_HELD_OUT = "near-duplicate of a held-out image"
 NOT_DRAWN = "not drawn by balanced sampling"
 REASONS = (HELD_OUT, EXACT, NEAR_HELD_OUT, NEAR, NOT_DRAWN)
+
+IMAGES = "images.bin"  # which images are in a model, readable without parquet
+ROLES = {
+    ROLE_TRAINED: "trained",
+    ROLE_CLUSTERED: "clustered only",
+    ROLE_EVALUATED: "evaluated",
+    16: f"excluded: {EXACT}",
+    17: f"excluded: {NEAR_HELD_OUT}",
+    18: f"excluded: {NEAR}",
+}
+_ROLE_OF_REASON = (ROLE_TRAINED, ROLE_EVALUATED, 16, 17, 18, ROLE_CLUSTERED)  # as Curated.reason
 
 Booleans = npt.NDArray[np.bool_]
 _COLUMNS = ["path", "sha256", "split", "pixel_sha256", "label"]
@@ -58,7 +75,7 @@ class Curated:
 
 
 def make_curated(*, manifest: Path, embeddings: Path, output: Path, config: CurationConfig) -> None:
-    """Writes `curated.parquet`, one row per row of the manifest, and `summary.json`.
+    """Writes `curated.parquet`, one row per row of the manifest, `summary.json`, `images.bin`.
 
     Args:
         manifest: `manifest.parquet` of `image_manifest`.
@@ -83,6 +100,7 @@ def make_curated(*, manifest: Path, embeddings: Path, output: Path, config: Cura
         )
         stage.seeds["curation"] = config.seed
         _to_table(table, curated).write_parquet(stage.path("curated.parquet"))
+        write_images(stage.path(IMAGES), image_roles(table["sha256"], curated.reason), ROLES)
         summary = _summary(table, curated, config)
         atomic_write(stage.path("summary.json"), canonical_json(summary))
         _tell(stage, summary)
@@ -112,6 +130,12 @@ def curate(
     return Curated(
         ledger.reason, ledger.duplicate_of, ledger.similarity, pool, levels, ledger.largest
     )
+
+
+def image_roles(digests: Iterable[str], reasons: Ints) -> Iterator[tuple[bytes, int]]:
+    """Digest and role of every row; equal files in several rows may have several roles."""
+    for digest, reason in zip(digests, reasons.tolist(), strict=True):
+        yield bytes.fromhex(digest), _ROLE_OF_REASON[reason]
 
 
 class _Ledger:

@@ -61,6 +61,12 @@ class Candidate:
         }
 
     @property
+    def name(self) -> str:
+        """For people: the folder of a trained model, the file of released weights."""
+        is_ours = self.weights.name == BACKBONE_NAME
+        return self.weights.parent.name if is_ours else self.weights.name
+
+    @property
     def cell(self) -> int:
         """Side of a patch in the recipe's pixels; at least 1."""
         return max(1, round(self.stride / self.scale))

@@ -42,6 +42,7 @@ from dinov3.evals.metrics import (
     bootstrap_interval,
     copy_deviations,
     difference_from_copies,
+    possible_differences,
 )
 from dinov3.evals.protocols import subject_of
 from dinov3.evals.segmentation import (
@@ -69,7 +70,10 @@ DENSE_PROTOCOLS = (SEGMENTATION, FOREGROUND)
 MIOU = "mIoU"
 PIXEL_ACCURACY = "pixel accuracy"
 PRECISION = "average precision"  # of objects against the background, mean over scenes
-NEEDS_SHAPES = "needs pictures with transparency, of one class or more in both halves"
+NEEDS_SHAPES = (
+    "needs pictures with transparency, of one class or more in both halves: at least 5 % of the "
+    "pixels clear (alpha of 5 % or less) and 5 % solid (alpha of 95 % or more)"
+)
 
 _GREY = 110
 _FIGURES: dict[str, Figure] = {MIOU: mean_ious, PIXEL_ACCURACY: pixel_accuracies}
@@ -354,10 +358,13 @@ def _maps(
 
 
 def _from_copies(ours: Floats, copies: Sequence[Floats], seed: int) -> Floats:
-    """Drawn figures minus those of the copies, with how far one more copy could lie."""
+    """Drawn figures minus those of the copies, with how far one more copy could lie.
+
+    All are in [0, 1]; see `possible_differences`.
+    """
     between: Floats = ours - np.mean(copies, axis=0)
     between[1:] += copy_deviations([float(copy[0]) for copy in copies], len(between) - 1, seed)
-    return between
+    return possible_differences(between)
 
 
 def _precisions(found: Mapping[str, Sequence[Dense]]) -> dict[str, list[Floats]]:

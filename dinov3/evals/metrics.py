@@ -72,11 +72,12 @@ def difference_from_copies(ours: Floats, copies: Sequence[Floats], num: int, see
     """Mean of `ours - copy` over the same samples, where copies differ by their seed alone.
 
     The interval also holds how far another copy could lie, see `copy_deviations`: over samples
-    alone one untrained network would count as better than others that are no different.
+    alone one untrained network would count as better than others that are no different. It is kept
+    within what a difference can be, see `possible_differences`.
 
     Args:
-        ours: [N].
-        copies: Each [N]; of one the result is `paired_difference`.
+        ours: [N], shares or hits, in [0, 1].
+        copies: Each [N], likewise; of one the result is `paired_difference`.
         num: Draws.
         seed: Of the draws.
 
@@ -90,7 +91,18 @@ def difference_from_copies(ours: Floats, copies: Sequence[Floats], num: int, see
     between = _checked(np.asarray(ours) - np.mean(copies, axis=0))
     means = [between[draw].mean(axis=1) for draw in _draws(len(between), num, seed)]
     noise = copy_deviations([float(np.mean(copy)) for copy in copies], num, seed)
-    return _interval(float(between.mean()), np.concatenate(means) + noise)
+    drawn = possible_differences(np.concatenate(means) + noise)
+    return _interval(float(between.mean()), drawn)
+
+
+def possible_differences(drawn: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Drawn differences of two figures in [0, 1], kept within [-1, 1].
+
+    Student's t has no bounds: of two copies its 95 % reach 12.7 deviations, beyond what any figure
+    can be. The difference itself never lies there, so an interval that is cut to [-1, 1] covers it
+    exactly as often as the uncut one. Means of figures need no cutting: they stay within [0, 1].
+    """
+    return np.clip(drawn, -1.0, 1.0)
 
 
 def copy_deviations(figures: Sequence[float], num: int, seed: int) -> npt.NDArray[np.float64]:

@@ -38,7 +38,7 @@ from dinov3.evals.report import (
     read_collection,
     rounded,
 )
-from dinov3.evals.study import Gallery, Study, find_scenes, run_study
+from dinov3.evals.study import Gallery, Scope, Study, find_scenes, run_study
 from dinov3.release.record import RECORD_NAME, canonical_json, file_sha256, read_record
 from dinov3.stage import Stage, atomic_write, code_digest, open_stage
 
@@ -85,6 +85,7 @@ def compare_phases(
         name_backgrounds(stage, first.dense, config)
         report = _build(stage_name, phases, studies, config)
         report["dataset"]["sha256"] = file_sha256(manifest)
+        report["dataset"]["contamination"] = stage.contamination
         exhibits = phase_exhibits(
             phases, studies, table["path"].to_list(), pictures, config, device
         )
@@ -162,7 +163,7 @@ def _judge(
             halves,
             config,
             device,
-            baselines=_untrained(phase.candidate, num) if phase.is_student else {},
+            scope=Scope(baselines=_untrained(phase.candidate, num) if phase.is_student else {}),
             scenes=scenes,
         )
         for phase in phases
@@ -193,7 +194,6 @@ def _build(
                 for phase in phases
             ],
             "dataset": {
-                "contamination": "none",
                 "num_train": len(first.halves.train),
                 "num_test": len(first.halves.test),
                 "num_held_out": len(first.test),

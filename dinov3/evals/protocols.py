@@ -6,7 +6,7 @@ of the random initialisations are averaged; differences from them vary with whic
 
 # N pictures, Q test pictures, C classes
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,26 +88,34 @@ class Results:
 
 
 def judge_labelled(
-    features: Mapping[str, Features], halves: Halves, config: EvalsConfig, results: Results
+    features: Mapping[str, Features],
+    halves: Halves,
+    config: EvalsConfig,
+    results: Results,
+    protocols: Collection[str] = LABELLED_PROTOCOLS,
 ) -> None:
-    """Runs every protocol that needs labels, for every subject.
+    """Runs protocols that need labels, for every subject.
 
     Args:
         features: Subject (with its seed) -> features of all rows of the table.
         halves: The labelled halves.
         config: The recipe.
         results: Grows.
+        protocols: Which of `LABELLED_PROTOCOLS`.
     """
     for name, all_features in features.items():
         train, test = all_features[halves.train], all_features[halves.test]
         subject = subject_of(name)
-        for protocol, k, scores in _split_scores(name, train, test, halves, config, results):
+        for protocol, k, scores in _split_scores(
+            name, train, test, halves, config, results, protocols
+        ):
             results.add_scores(protocol, k, subject, scores, halves.test_labels)
     for measure in list(results.values):
         if measure.protocol in LABELLED_PROTOCOLS and measure.metric == TOP_1:
             guess = majority_scores(halves.train_labels, len(halves.test), halves.num_classes)
             results.add_scores(measure.protocol, measure.k, MAJORITY, guess, halves.test_labels)
-    _judge_leave_one_out(features, halves, config, results)
+    if LEAVE_ONE_OUT in protocols:
+        _judge_leave_one_out(features, halves, config, results)
 
 
 def judge_retrieval(
@@ -168,38 +176,42 @@ def _split_scores(
     halves: Halves,
     config: EvalsConfig,
     results: Results,
+    protocols: Collection[str],
 ) -> Iterator[tuple[str, int, Floats]]:
     """Scores of the test half by every protocol with a split: (protocol, k, [Q, C])."""
     labels, num_classes = halves.train_labels, halves.num_classes
-    votes = knn_scores(
-        train.cls, labels, test.cls, num_classes=num_classes, **config.knn.model_dump()
-    )
-    for k, scores in votes.items():
-        yield KNN, k, scores
+    if KNN in protocols:
+        votes = knn_scores(
+            train.cls, labels, test.cls, num_classes=num_classes, **config.knn.model_dump()
+        )
+        for k, scores in votes.items():
+            yield KNN, k, scores
     if np.bincount(labels, minlength=num_classes).max() < 2:
         return  # nothing to choose a probe on
-    logistic = logreg_scores(
-        train.cls,
-        labels,
-        test.cls,
-        num_classes=num_classes,
-        grid=LogregGrid(**config.logreg.model_dump()),
-        seed=config.seed,
-    )
-    chosen = {"c": logistic.chosen_c, "converged": logistic.converged}
-    results.choices.append(_choice(LOGREG, name, logistic.val_accuracy, chosen))
-    yield LOGREG, 0, logistic.scores
-    probe = linear_scores(
-        train.cls_and_patches,
-        labels,
-        test.cls_and_patches,
-        num_classes=num_classes,
-        grid=LinearGrid(**config.linear.model_dump()),
-        seed=config.seed,
-    )
-    chosen = {"learning_rate": probe.chosen_lr}
-    results.choices.append(_choice(LINEAR, name, probe.val_accuracy, chosen))
-    yield LINEAR, 0, probe.scores
+    if LOGREG in protocols:
+        logistic = logreg_scores(
+            train.cls,
+            labels,
+            test.cls,
+            num_classes=num_classes,
+            grid=LogregGrid(**config.logreg.model_dump()),
+            seed=config.seed,
+        )
+        chosen = {"c": logistic.chosen_c, "converged": logistic.converged}
+        results.choices.append(_choice(LOGREG, name, logistic.val_accuracy, chosen))
+        yield LOGREG, 0, logistic.scores
+    if LINEAR in protocols:
+        probe = linear_scores(
+            train.cls_and_patches,
+            labels,
+            test.cls_and_patches,
+            num_classes=num_classes,
+            grid=LinearGrid(**config.linear.model_dump()),
+            seed=config.seed,
+        )
+        chosen = {"learning_rate": probe.chosen_lr}
+        results.choices.append(_choice(LINEAR, name, probe.val_accuracy, chosen))
+        yield LINEAR, 0, probe.scores
 
 
 def _choice(

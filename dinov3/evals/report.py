@@ -76,7 +76,7 @@ def make_report(
         pictures = Pictures(source, table)
         study = run_study(candidate, table, pictures, halves, config, device)
         name_backgrounds(stage, study.dense, config)
-        identity = {"sha256": file_sha256(manifest), "contamination": "none"}
+        identity = {"sha256": file_sha256(manifest), "contamination": stage.contamination}
         report = build_report(stage_name, candidate, study, config, identity)
         pieces = gather_pieces(candidate, study, table, pictures, config, stage)
         write_report(stage, report, pieces)

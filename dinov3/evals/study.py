@@ -7,7 +7,7 @@ scenes of cut-out pictures ──► the same ──► segmentation of patches 
 
 # N pictures of the table, Q test pictures
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,8 +15,6 @@ import numpy as np
 import polars as pl
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from dinov3.config import EvalsConfig
 from dinov3.evals.baselines import MODEL, RAW_PIXELS, SUBJECTS, baseline_models
@@ -35,7 +33,9 @@ from dinov3.evals.dense import (
     scene_pair,
 )
 from dinov3.evals.features import Backbone, Features, Preparation, extract_all
+from dinov3.evals.labelled import ONE_BY_ONE, judge_one_by_one
 from dinov3.evals.metrics import mean_cosine, participation_ratio, rankme
+from dinov3.evals.progress import EvaluationProgress, watched
 from dinov3.evals.protocols import (
     KNN,
     LABELLED_PROTOCOLS,
@@ -44,15 +44,35 @@ from dinov3.evals.protocols import (
     Measure,
     Results,
     differences_of,
-    judge_labelled,
     judge_retrieval,
     rows_of,
 )
 from dinov3.evals.retrieval import random_view
 from dinov3.evals.segmentation import RawPatches
 
+PROTOCOLS = (*LABELLED_PROTOCOLS, RETRIEVAL, *DENSE_PROTOCOLS)
 NEEDS_LABELS = "needs labels (sub-folders): two classes or more, of {} pictures or more each"
 NEEDS_HELD_OUT = "needs at least two held-out pictures"
+
+
+_FEATURES = "features"
+_SCENES = " and ".join(DENSE_PROTOCOLS)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much of an evaluation to run.
+
+    Attributes:
+        protocols: Which; those of scenes run both or not at all.
+        baselines: What to judge beside the model; None: all of `baseline_models`.
+    """
+
+    protocols: Collection[str] = PROTOCOLS
+    baselines: Mapping[str, Backbone] | None = None
+
+
+ALL = Scope()
 
 
 class Gallery(Protocol):
@@ -97,10 +117,10 @@ def run_study(
     config: EvalsConfig,
     device: torch.device,
     *,
-    baselines: Mapping[str, Backbone] | None = None,
+    scope: Scope = ALL,
     scenes: ScenePair | None = None,
 ) -> Study:
-    """Runs every protocol the pictures allow.
+    """Runs the protocols that the pictures allow.
 
     Args:
         candidate: The model.
@@ -109,7 +129,7 @@ def run_study(
         halves: Its labelled part.
         config: The recipe.
         device: Where the model is.
-        baselines: What to judge beside it; None: all of `baseline_models`.
+        scope: How much of it.
         scenes: Made before by `find_scenes` of the same pictures; None makes them.
 
     Raises:
@@ -118,28 +138,38 @@ def run_study(
     """
     candidate.require_divisible(config.crop)
     test = np.flatnonzero((table["split"] == "test").to_numpy())
+    protocols, baselines = scope.protocols, scope.baselines
     if baselines is None:
         baselines = baseline_models(candidate.untrained, config.num_random_inits)
     models = {MODEL: candidate.backbone, **baselines}
     places = _places_needed(table, halves, test)
     prepare = preparation(candidate, config)
-    images = _watched(pictures.load(places), len(places), "features")
+    progress = EvaluationProgress(candidate.name, len(_parts(halves, test, protocols)))
+    progress.begin(_FEATURES, f"{len(models)} models on {len(places)} pictures")
+    images = watched(pictures.load(places), len(places), _FEATURES)
     features = extract_all(models, images, prepare, config.run.batch_size, device)
-    results, missing = Results(), []
+    results = Results()
+    lacking: dict[str, str] = {}  # why protocols cannot run
+    unlabelled = NEEDS_LABELS.format(config.min_per_class)
     if halves.usable:
-        judge_labelled(features, _inside(halves, places), config, results)
+        judge_one_by_one(features, _inside(halves, places), config, results, protocols, progress)
     else:
-        reason = NEEDS_LABELS.format(config.min_per_class)
-        missing += [{"protocol": name, "reason": reason} for name in LABELLED_PROTOCOLS]
-    if len(test) > 1:
-        _retrieve(models, pictures, test, prepare, config, device, results)
-    else:
-        missing.append({"protocol": RETRIEVAL, "reason": NEEDS_HELD_OUT})
-    scenes = scenes or find_scenes(pictures, halves, config)
-    dense = judge_scenes(candidate, models, scenes, config, device) if scenes else None
+        lacking |= dict.fromkeys(LABELLED_PROTOCOLS, unlabelled)
+    if len(test) < 2:
+        lacking[RETRIEVAL] = NEEDS_HELD_OUT
+    elif RETRIEVAL in protocols:
+        chosen = test[: config.retrieval.num_images]
+        progress.begin(RETRIEVAL, f"{len(models)} models on two views of {len(chosen)} pictures")
+        _retrieve(models, pictures, chosen, prepare, config, device, results)
+    dense = None
+    if not set(DENSE_PROTOCOLS).isdisjoint(protocols):
+        scenes = scenes or find_scenes(pictures, halves, config)
+        if halves.usable:
+            progress.begin(_SCENES, _extent_of(scenes, len(models)))
+        dense = judge_scenes(candidate, models, scenes, config, device) if scenes else None
     if dense is None:
-        reason = NEEDS_SHAPES if halves.usable else NEEDS_LABELS.format(config.min_per_class)
-        missing += [{"protocol": name, "reason": reason} for name in DENSE_PROTOCOLS]
+        reason = NEEDS_SHAPES if halves.usable else unlabelled
+        lacking |= dict.fromkeys(DENSE_PROTOCOLS, reason)
     judged = test if len(test) > 1 else places
     return Study(
         halves=halves,
@@ -153,7 +183,11 @@ def run_study(
         health=_health(features[MODEL].cls[np.searchsorted(places, judged)]),
         per_class=_per_class(results, halves),
         choices=results.choices + _dense_choices(dense),
-        missing=missing,
+        missing=[
+            {"protocol": name, "reason": reason}
+            for name, reason in lacking.items()
+            if name in protocols
+        ],
     )
 
 
@@ -247,17 +281,30 @@ def _inside(halves: Halves, places: Places) -> Halves:
     return Halves(halves.classes, train, test, halves.train_labels, halves.test_labels)
 
 
+def _parts(halves: Halves, test: Places, protocols: Collection[str]) -> list[str]:
+    """What an evaluation goes through, so far as that is known before any picture is opened."""
+    labelled = [name for name in ONE_BY_ONE if name in protocols] if halves.usable else []
+    retrieval = [RETRIEVAL] if RETRIEVAL in protocols and len(test) > 1 else []
+    is_dense = halves.usable and not set(DENSE_PROTOCOLS).isdisjoint(protocols)
+    return [_FEATURES, *labelled, *retrieval, *([_SCENES] if is_dense else [])]
+
+
+def _extent_of(scenes: ScenePair | None, num_models: int) -> str:
+    if scenes is None:
+        return f"left out: {NEEDS_SHAPES}"
+    return f"{num_models} models on {len(scenes.train)} + {len(scenes.test)} scenes"
+
+
 def _retrieve(
     models: Mapping[str, Backbone],
     pictures: Gallery,
-    test: Places,
+    chosen: Places,
     prepare: Preparation,
     config: EvalsConfig,
     device: torch.device,
     results: Results,
 ) -> None:
-    chosen = test[: config.retrieval.num_images]
-    images = _watched(pictures.load(chosen), len(chosen), "views")
+    images = watched(pictures.load(chosen), len(chosen), "views")
     views = (
         random_view(image, scale=config.retrieval.scale, seed=config.seed, index=index, view=view)
         for index, image in enumerate(images)
@@ -329,10 +376,3 @@ def _per_class(results: Results, halves: Halves) -> list[dict[str, Any]]:
                     row[subject] = float(np.mean(subjects[subject], axis=0)[of_class].mean())
         rows.append(row)
     return rows
-
-
-def _watched(images: Iterable[Image.Image], total: int, what: str) -> Iterable[Image.Image]:
-    """Shows progress with rate and remaining time on standard error."""
-    console = Console(stderr=True)
-    text = f"{what} of {total} pictures"
-    return track(images, description=text, total=total, console=console, transient=True)

@@ -85,7 +85,11 @@ def make_text_report(
             "schema": TEXT_SCHEMA,
             "stage": stage_name,
             "model": identity(inputs.model, inputs.backbone),
-            "dataset": {"sha256": file_sha256(inputs.manifest), **_dataset(halves, pairs, study)},
+            "dataset": {
+                "sha256": file_sha256(inputs.manifest),
+                "contamination": stage.contamination,
+                **_dataset(halves, pairs, study),
+            },
             "code": code_digest(),
             "config": config_digest(config),
             "rows": study.findings.rows,
@@ -117,7 +121,6 @@ def _dataset(halves: Halves, pairs: pl.DataFrame, study: TextStudy) -> dict[str,
     lowered = pairs.with_columns(pl.col("caption").str.to_lowercase())
     train, test = (lowered.filter(split=half)["caption"].unique() for half in ("train", "test"))
     return {
-        "contamination": "none",
         "num_train": len(halves.train),
         "num_test": len(halves.test),
         "classes": list(halves.classes),

@@ -19,23 +19,42 @@ from dinov3.release.record import (
     digest_of,
     file_sha256,
     parse_json,
+    read_bounded,
     read_record,
 )
-from dinov3.release.tensors import tensor_digest
+from dinov3.release.tensors import FileHash, hash_stream
 
 
 @dataclass(frozen=True)
 class Node:
-    """A record on disk: its folder, its own digest, its content."""
+    """A record on disk: its folder, its own digest, its content.
+
+    In a release records and files stand elsewhere: `name` and `run` are those of the two records,
+    `places` tells which outputs are here and under which names; None says all under their own.
+    """
 
     folder: Path
     digest: str
     record: Record
+    name: str = RECORD_NAME
+    run: str = RUN_NAME
+    places: Mapping[str, str] | None = None
 
     @property
     def path(self) -> Path:
         """The record's file."""
-        return self.folder / RECORD_NAME
+        return self.folder / self.name
+
+    def find(self, name: str) -> Path | None:
+        """Where a file that the record or `run.json` names lies; None when it is not here.
+
+        Raises:
+            RecordError: As `locate`.
+        """
+        if self.places is None:
+            return locate(self.folder, name)
+        place = self.places.get(name)
+        return None if place is None else locate(self.folder, place)
 
 
 Nodes = Mapping[str, Sequence[Node]]  # by the record's digest: copies lie in several folders
@@ -77,8 +96,13 @@ def load(folder: Path) -> Node | None:
     return None if path is None else Node(folder, file_sha256(path), read_record(path))
 
 
-def faults(node: Node) -> Iterator[str]:
-    """What is wrong with one record: within itself, its files, and `run.json` beside it."""
+def faults(node: Node, names: Collection[str] | None = None) -> Iterator[str]:
+    """What is wrong with one record: within itself, its files, and `run.json` beside it.
+
+    Args:
+        node: The record.
+        names: The outputs to be hashed; by default all.
+    """
     record = node.record
     if digest_of(record.config) != record.config_digest:
         yield f"{node.path}: config_digest is not the digest of its config"
@@ -86,6 +110,8 @@ def faults(node: Node) -> Iterator[str]:
     if lost:
         yield f"{node.path}: its outputs drop licences of its inputs: {_listed(lost)}"
     for name, output in record.outputs.items():
+        if names is not None and name not in names:
+            continue
         try:
             yield from _output_faults(node, name, output)
         except RecordError as error:
@@ -97,21 +123,24 @@ def _output_faults(node: Node, name: str, output: Output) -> Iterator[str]:
     weights = PurePosixPath(name).suffix == ".safetensors"
     if weights and output.tensors is None:
         yield f"{node.path}: no tensor digest of {name}"
-    path = locate(node.folder, name)
+    path = node.find(name)
     if path is None:
         return  # shown as absent; what is not here cannot be checked
-    if (found := file_sha256(path)) != output.sha256:
-        yield f"{path}: changed, its sha256 is {found}, the record says {output.sha256}"
-    elif (size := path.stat().st_size) != output.bytes:
-        yield f"{path}: has {size} bytes, the record says {output.bytes}"
-    elif output.tensors is not None and _tensors(path) != output.tensors:
+    found, malformed = _hash(path, weights=output.tensors is not None)
+    if found.sha256 != output.sha256:
+        yield f"{path}: changed, its sha256 is {found.sha256}, the record says {output.sha256}"
+    elif found.bytes != output.bytes:
+        yield f"{path}: has {found.bytes} bytes, the record says {output.bytes}"
+    elif malformed is not None:
+        yield f"{path}: {malformed}"
+    elif output.tensors is not None and found.tensors != output.tensors:
         yield f"{path}: the record's tensor digest does not belong to these bytes"
 
 
 def _run_faults(node: Node) -> Iterator[str]:
     """`run.json` names its record and the files beside it that inputs do not determine."""
     try:
-        run = _read_run(node.folder)
+        run = read_run(node)
     except RecordError as error:
         yield str(error)
         return
@@ -121,7 +150,7 @@ def _run_faults(node: Node) -> Iterator[str]:
         yield f"{node.path}: changed, {RUN_NAME} beside it names another record"
     for name, sha256 in run["beside"].items():
         try:
-            found = locate(node.folder, name)
+            found = node.find(name)
         except RecordError as error:
             yield str(error)
             continue
@@ -132,7 +161,7 @@ def _run_faults(node: Node) -> Iterator[str]:
 def known_names(node: Node) -> set[str]:
     """The files of a stage's folder that its record and `run.json` speak of."""
     try:
-        run = _read_run(node.folder)
+        run = read_run(node)
     except RecordError:  # a fault of the node already
         run = None
     beside = set() if run is None else set(run["beside"])
@@ -172,7 +201,7 @@ def _edge_faults(node: Node, edge: Edge, above: Record) -> Iterator[str]:
 def _stood_in(node: Node, edge: Edge, nodes: Nodes, chain: Collection[str]) -> Iterator[str]:
     """A bare copy of the old record must not hide that the one with the files was changed."""
     above = nodes[str(edge.record)]
-    if any(_is_there(one.folder, edge.name) for one in above):
+    if any(_is_there(one, edge.name) for one in above):
         return
     stage = above[0].record.stage
     for other in _all(nodes):
@@ -196,12 +225,17 @@ def _all(nodes: Nodes) -> Iterator[Node]:
         yield from copies
 
 
-def _read_run(folder: Path) -> dict[str, Any] | None:
-    path = locate(folder, RUN_NAME)
+def read_run(node: Node) -> dict[str, Any] | None:
+    """`run.json` of a record; None when it is not here.
+
+    Raises:
+        RecordError: It is unreadable, or names no record.
+    """
+    path = locate(node.folder, node.run)
     if path is None:
         return None
     try:
-        run = parse_json(path.read_bytes())
+        run = parse_json(read_bounded(path))
     except RecordError as error:
         msg = f"{path}: {error}"
         raise RecordError(msg) from error
@@ -211,17 +245,18 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     return run
 
 
-def _tensors(path: Path) -> str:
-    try:
-        return tensor_digest(path)
-    except RecordError as error:
-        msg = f"{path}: {error}"
-        raise RecordError(msg) from error
+def _hash(path: Path, *, weights: bool) -> tuple[FileHash, str | None]:
+    """Identity of a file, and why it has no tensor digest although it is of weights."""
+    with path.open("rb", buffering=0) as stream:
+        try:
+            return hash_stream(stream, weights=weights), None
+        except RecordError as error:
+            return hash_stream(stream, weights=False), str(error)
 
 
-def _is_there(folder: Path, name: str) -> bool:
+def _is_there(node: Node, name: str) -> bool:
     try:
-        return locate(folder, name) is not None
+        return node.find(name) is not None
     except RecordError:  # a fault of the node already
         return False
 

@@ -19,7 +19,18 @@ SCHEMA = "dinov3.record/1"
 RECORD_NAME = "record.json"
 RUN_NAME = "run.json"
 
+MAX_DOCUMENT = 16 << 20  # bytes of one JSON document
+
+_MAX_DEPTH = 64
+_MAX_CONTAINERS = 1 << 18  # lists and objects of a document; each takes 60 bytes and more
+_MAX_ITEMS = 1 << 20
+_MAX_DIGITS = 18  # any such integer fits in 64 bits with its sign
+_MAX_FLOAT = 40  # characters; the longest that Python writes has 24
 _HEX = re.compile(r"[0-9a-f]{64}")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_AS_SQUARE = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKET = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
 
 class RecordError(ValueError):
@@ -80,24 +91,51 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def parse_json(data: bytes) -> Any:
-    """Reads JSON, refusing duplicate keys and non-finite numbers.
+def parse_json(data: bytes, *, max_bytes: int = MAX_DOCUMENT) -> Any:
+    """Reads JSON that every reader understands alike, of bounded size, depth and digits.
+
+    Refused are a key that stands twice, numbers that are not finite, integers of more than 18
+    digits or written `-0`, lone surrogates, a byte order mark, and anything after the value.
 
     Raises:
         RecordError: The bytes are not such JSON.
     """
     try:
-        return json.loads(
+        _check_extent(data, max_bytes)
+        value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
+            parse_int=_short_integer,
         )
+        if _SURROGATE.search(data):
+            canonical_json(value)  # an escaped half of a pair alone cannot be encoded
     except RecordError:
         raise
-    except (ValueError, RecursionError) as error:  # ValueError: also integers of too many digits
+    except (ValueError, RecursionError) as error:
         msg = f"not readable as JSON: {error}"
         raise RecordError(msg) from error
+    return value
+
+
+def parse_canonical(data: bytes, *, max_bytes: int = MAX_DOCUMENT) -> Any:
+    """Reads JSON whose bytes are the only ones that `canonical_json` gives for its value.
+
+    Raises:
+        RecordError: The bytes are not such JSON, or say the same in another form.
+    """
+    value = parse_json(data, max_bytes=max_bytes)
+    if canonical_json(value) != data:
+        msg = "not canonical JSON: sorted keys, no space, one newline at the end"
+        raise RecordError(msg)
+    return value
+
+
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a JSON document; of one that is too large only enough to refuse it."""
+    with path.open("rb") as stream:
+        return stream.read(MAX_DOCUMENT + 1)
 
 
 def file_sha256(path: Path) -> str:
@@ -115,21 +153,30 @@ def read_record(path: Path) -> Record:
     if path.exists() and not path.is_file():
         msg = f"{path}: not a regular file"
         raise RecordError(msg)
+    return parse_record(read_bounded(path), str(path))
+
+
+def parse_record(data: bytes, where: str) -> Record:
+    """The record of the bytes of a `record.json`; `where` names them in an error.
+
+    Raises:
+        RecordError: It is not a record of a schema this version knows.
+    """
     try:
-        raw = parse_json(path.read_bytes())
+        raw = parse_json(data)
     except RecordError as error:
-        msg = f"{path}: {error}"
+        msg = f"{where}: {error}"
         raise RecordError(msg) from error
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
         shown = reprlib.repr(found)
-        msg = f"{path}: schema is not {SCHEMA}, got {shown}. Read it with the version it names."
+        msg = f"{where}: schema is not {SCHEMA}, got {shown}. Read it with the version it names."
         raise RecordError(msg)
     try:
         canonical_json(raw)  # lone surrogates, which no digest can be made of
         return _record_from(raw)
     except (TypeError, ValueError, RecursionError) as error:
-        msg = f"{path}: a field is missing or of the wrong kind: {error}"
+        msg = f"{where}: a field is missing or of the wrong kind: {error}"
         raise RecordError(msg) from error
 
 
@@ -236,11 +283,48 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _check_extent(data: bytes, max_bytes: int) -> None:
+    """Size, depth and number, before any of it is built in memory or recursed into.
+
+    Brackets and commas within strings are counted too: no document of ours comes near.
+    """
+    if len(data) > max_bytes:
+        msg = f"not readable as JSON: larger than {max_bytes} bytes, got {len(data)}"
+        raise RecordError(msg)
+    num_containers = data.count(b"[") + data.count(b"{")
+    if num_containers <= _MAX_DEPTH and len(data) <= _MAX_ITEMS:
+        return
+    if num_containers > _MAX_CONTAINERS or data.count(b",") > _MAX_ITEMS:
+        msg = f"not readable as JSON: more than {_MAX_CONTAINERS} lists or {_MAX_ITEMS} values"
+        raise RecordError(msg)
+    brackets = _STRING.sub(b"", data).translate(_AS_SQUARE, _NO_BRACKET)
+    for _ in range(_MAX_DEPTH):  # each round takes the innermost pairs away
+        if b"[]" not in brackets:
+            break
+        brackets = brackets.replace(b"[]", b"")
+    if b"[]" in brackets or brackets.count(b"[") > _MAX_DEPTH:
+        msg = f"not readable as JSON: nested deeper than {_MAX_DEPTH}"
+        raise RecordError(msg)
+
+
+def _short_integer(text: str) -> int:
+    if text == "-0" or len(text.lstrip("-")) > _MAX_DIGITS:
+        _refuse_number(text)
+    return int(text)
+
+
 def _finite(text: str) -> float:
+    if len(text) > _MAX_FLOAT:
+        _refuse_number(text)
     value = float(text)
     if not math.isfinite(value):
         _refuse_constant(text[:40])
     return value
+
+
+def _refuse_number(text: str) -> NoReturn:
+    msg = f"not readable as JSON: a number not every reader knows: {text[:_MAX_FLOAT]}"
+    raise RecordError(msg)
 
 
 def _refuse_constant(name: str) -> NoReturn:

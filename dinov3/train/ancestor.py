@@ -52,7 +52,7 @@ def add_ancestor(stage: Stage, here: Path, config: Section, weights_name: str) -
         raise CheckpointError(msg)
     weights = record.outputs[weights_name]
     edge = Edge("resume", weights_name, weights.sha256, file_sha256(here))
-    stage.add_edge(edge, record.licences.get("out", ()))
+    stage.add_edge(edge, record)
 
 
 def _differences(before: dict[str, object], now: dict[str, object], prefix: str = "") -> list[str]:

@@ -16,6 +16,7 @@ from assets.checks import manifest_verdict
 from orchestration.runner import StageRunner, stage_asset
 from orchestration.stages import CHECKOUT, Pipeline, read_pipeline
 
+CHECKS = {key: {"verdict": manifest_verdict} for key in ("first", "pair")}
 DVC = CHECKOUT / ".venv-dvc" / "bin" / "dvc"
 
 PIPELINE = """
@@ -205,11 +206,10 @@ class Project:
     def assets(self) -> list[dg.AssetsDefinition]:
         """The assets of each stage; the first and the pair are judged."""
         graph = self.pipeline
-        judged = {key: {"verdict": manifest_verdict} for key in ("first", "pair")}
         return [
             stage_asset(
                 key, group="data", kinds=set(), description=key, pipeline=graph,
-                checks=judged.get(key),
+                checks=CHECKS.get(key),
             )
             for key in graph.stages
         ]  # fmt: skip

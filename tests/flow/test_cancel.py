@@ -40,9 +40,17 @@ def materialize(project, *keys):
         return subprocess.Popen(command, cwd=CHECKOUT, stdout=output, stderr=output)
 
 
-def running_pids(project):
+def running_pids(project, worker):
     """Pids of the stage and of its child in another session, once both run."""
-    stage, rank = (project.root / "pids.fifo").read_text().split()
+    ended = os.pidfd_open(worker.pid)
+    pipe = os.open(project.root / "pids.fifo", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        ready, _, _ = select.select([pipe, ended], [], [])
+        assert pipe in ready, (project.root / "worker.log").read_text()
+        stage, rank = os.read(pipe, 100).split()
+    finally:
+        os.close(pipe)
+        os.close(ended)
     return int(stage), int(rank)
 
 
@@ -58,7 +66,7 @@ def is_gone(pidfd):
 def test_stopped_step_leaves_no_process_and_saves_once(project, number, mode):
     project.set_modes(first=mode)
     worker = materialize(project, "first")
-    watched = [os.pidfd_open(pid) for pid in running_pids(project)]
+    watched = [os.pidfd_open(pid) for pid in running_pids(project, worker)]
     worker.send_signal(number)
     assert [is_gone(one) for one in watched] == [True, True]
     worker.wait()
@@ -72,7 +80,7 @@ def test_cancelled_stage_of_two_artifacts_leaves_neither(project):
     project.dvc("repro", "second")
     project.set_modes(pair="wait")
     worker = materialize(project, "pair_one", "pair_two")
-    watched = [os.pidfd_open(pid) for pid in running_pids(project)]
+    watched = [os.pidfd_open(pid) for pid in running_pids(project, worker)]
     worker.send_signal(signal.SIGTERM)
     assert [is_gone(one) for one in watched] == [True, True]
     worker.wait()
@@ -85,14 +93,15 @@ def test_cancelled_stage_of_two_artifacts_leaves_neither(project):
 
 def test_killed_dvc_takes_its_stage_along(project):
     project.set_modes(first="wait")
-    dvc = subprocess.Popen(
-        [DVC, "repro", "first"],
-        cwd=project.root,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    stage, _ = running_pids(project)
+    with (project.root / "worker.log").open("wb") as said:
+        dvc = subprocess.Popen(
+            [DVC, "repro", "first"],
+            cwd=project.root,
+            env=environment(),
+            stdout=said,
+            stderr=said,
+        )
+    stage, _ = running_pids(project, dvc)
     watched = os.pidfd_open(stage)
     dvc.kill()
     assert is_gone(watched)

@@ -1,5 +1,6 @@
 """Two front doors, one pipeline: what one makes, the other knows."""
 
+import asyncio
 import json
 import subprocess
 
@@ -12,7 +13,7 @@ from dinov3.release.record import file_sha256
 from orchestration.lock import code_version, read_lock, version_tags
 from orchestration.runner import StageRunner
 from orchestration.versions import dvc_lock_sensor, report_lock
-from tests.flow.project import Project
+from tests.flow.project import CHECKS, Project
 
 KEYS = ["first", "second", "pair_one", "pair_two", "third_left"]
 PAIR = ["pair_one", "pair_two"]  # the artifacts of one stage
@@ -59,6 +60,67 @@ def test_shell_run_is_fresh_in_dagster_with_the_same_versions(project, instance)
     assert project.materialize(instance).success
     assert {key: latest(instance, key).tags for key in KEYS} == from_shell
     assert all(latest(instance, key).metadata["dvc"].value == "up to date" for key in KEYS)
+
+
+def shown_checks(project, instance):
+    """What the UI shows of each check: passed, and whether of the latest materialization."""
+    shown = dg.Definitions(assets=project.assets, resources={"runner": StageRunner()})
+    keys = list(shown.get_repository_def().asset_graph.asset_check_keys)
+    records = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
+
+    def is_of_latest(record):
+        context = LoadingContextForTest(instance)  # one per event loop
+        return asyncio.run(record.targets_latest_materialization(context))
+
+    return {
+        key.asset_key.to_user_string(): (
+            record.event.asset_check_evaluation.passed,
+            is_of_latest(record),
+        )
+        for key, record in records.items()
+    }
+
+
+def test_shell_run_shows_its_checks_as_a_run_of_dagster_does(project, instance):
+    project.dvc("repro")
+    sensor = dvc_lock_sensor(project.pipeline, CHECKS)
+    with dg.build_sensor_context(instance=instance) as context:
+        sensor(context)
+    from_shell = shown_checks(project, instance)
+    assert from_shell == dict.fromkeys(("first", "pair_one", "pair_two"), (True, True))
+
+    assert project.materialize(instance).success
+    assert shown_checks(project, instance) == from_shell
+
+
+def test_verdict_that_refuses_is_red_from_a_shell_too(project, instance):
+    project.dvc("repro")
+    path = project.root / "data" / "first" / "verdict.json"
+    verdict = {**json.loads(path.read_text()), "passed": False}
+    path.chmod(0o644)
+    path.write_text(json.dumps(verdict))
+    report_lock(instance, project.pipeline, CHECKS)
+    assert shown_checks(project, instance)["first"] == (False, True)
+
+
+def test_new_bytes_of_a_shell_are_judged_anew_and_absent_ones_are_no_longer_green(
+    project, instance
+):
+    project.dvc("repro")
+    report_lock(instance, project.pipeline, CHECKS)
+    project.set_modes(pair="other")
+    project.dvc("repro")
+    record = project.root / "data" / "pair" / "one" / "record.json"
+    record.chmod(0o644)
+    record.write_text(record.read_text() + " ")
+    assert report_lock(instance, project.pipeline, CHECKS)[0] == "pair_one"
+    passed = {key: passed for key, (passed, _) in shown_checks(project, instance).items()}
+    assert passed == {"first": True, "pair_one": False, "pair_two": True}
+    key = dg.AssetCheckKey(dg.AssetKey("pair_one"), "verdict")
+    (record,) = instance.event_log_storage.get_latest_asset_check_execution_by_key([key]).values()
+    said = record.event.asset_check_evaluation
+    assert said.description.startswith("Not judged: the files that dvc.lock names are not here.")
+    assert said.severity is dg.AssetCheckSeverity.WARN
 
 
 def test_sensor_reports_an_artifact_once(project, instance):

@@ -14,12 +14,13 @@ from assets.checks import (
     report_bound,
     training_health,
 )
-from dinov3.release.record import Edge
+from dinov3.release.record import Edge, Record
 from dinov3.stage import open_stage
 
 EXPECTATION = {"name": "unique", "column": "path", "observed": 3, "threshold": 0}
 HEALTH = {"passed": True, "reason": None, "metrics": {"rank": 9.0}, "thresholds": {"rank": 7}}
 WEIGHTS = "a" * 64
+ABOVE = Record("above", (), {}, "e" * 64, "e" * 64, "e" * 64, {})
 OTHER = "c" * 64
 SNAPSHOT = b"weights of step 5"
 PAIR = {"path": "a.png", "sha256": WEIGHTS, "caption": "a stamp", "split": "train"}
@@ -34,7 +35,7 @@ def report_of(folder, weights):
     """A report stage's folder whose record names WEIGHTS; returns it."""
     model = {"sha256": weights, "record": "b" * 64}
     with open_stage("eval_reports_x", folder, config={}) as stage:
-        stage.add_edge(Edge("weights", "backbone.safetensors", WEIGHTS, "b" * 64), ())
+        stage.add_edge(Edge("weights", "backbone.safetensors", WEIGHTS, "b" * 64), ABOVE)
         stage.path("report.json").write_text(json.dumps({"model": model}))
         stage.path("report.html").write_text("<html>")
     return folder
@@ -46,7 +47,7 @@ def comparison_of(folder, *named):
     with open_stage("eval_reports_phases", folder, config={}) as stage:
         for weights, record in ((WEIGHTS, "b"), (OTHER, "d")):
             edge = Edge(f"model {record}", "backbone.safetensors", weights, record * 64)
-            stage.add_edge(edge, ())
+            stage.add_edge(edge, ABOVE)
         stage.path("report.json").write_text(json.dumps({"models": models}))
         stage.path("report.html").write_text("<html>")
     return folder
@@ -55,11 +56,11 @@ def comparison_of(folder, *named):
 def choice_of(folder, *, step=5, record="b", weights=SNAPSHOT):
     """A Gram teacher that read a checkpoint's snapshots of steps 2 and 5; returns its folder."""
     with open_stage("gram_teacher", folder, config={}) as stage:
-        stage.add_edge(Edge("model config", "config.json", OTHER, "b" * 64), ())
+        stage.add_edge(Edge("model config", "config.json", OTHER, "b" * 64), ABOVE)
         for known in (2, 5):
             sha256 = hashlib.sha256(b"weights of step %d" % known).hexdigest()
             name = f"snapshots/step_{known:09d}.safetensors"
-            stage.add_edge(Edge(f"snapshot {known}", name, sha256, record * 64), ())
+            stage.add_edge(Edge(f"snapshot {known}", name, sha256, record * 64), ABOVE)
         choice = {"rule": "step", "step": step, "available": [2, 5]}
         stage.path("choice.json").write_text(json.dumps(choice))
     # not a stage's output here: its bytes are no tensors

@@ -16,12 +16,14 @@ from dinov3.models.vit import ViTConfig
 
 MODEL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
 CLICK_VERBS = sorted(typer.main.get_command(app).commands)
-VERBS = [*CLICK_VERBS, "lineage", "source"]
+GROUPS = {"releases"}  # of verbs of their own
+VERBS = [*CLICK_VERBS, "lineage", "source", "verify", "adopt", "keys", "lake"]
 
 
 def call(monkeypatch, *arguments):
-    """The exit code of `python -m dinov3 ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["dinov3", *arguments])
+    """The exit code of `python -m dinov3 ARGUMENTS`; a verb of a group is one argument here."""
+    words = [word for argument in arguments for word in argument.split(" ")]
+    monkeypatch.setattr(sys, "argv", ["dinov3", *words])
     try:
         return main()
     except SystemExit as leave:  # argparse leaves so
@@ -43,13 +45,24 @@ def test_every_verb_explains_itself(monkeypatch, capsys, verb):
     assert verb in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", [*CLICK_VERBS, "lineage"])
+WITH_ARGUMENTS = [*sorted(set(CLICK_VERBS) - GROUPS), "lineage", "verify", "adopt"]
+
+
+@pytest.mark.parametrize("verb", WITH_ARGUMENTS)
 def test_every_verb_without_arguments_is_refused_in_a_sentence(monkeypatch, capsys, verb):
     assert call(monkeypatch, verb) == 2
     assert re.search("Missing (argument|option)|are required", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+PLAIN_VERBS = [
+    *sorted(set(VERBS) - GROUPS - {"adopt", "keys", "lake"}),
+    "releases get",
+    "keys new",
+    "lake pin",
+]
+
+
+@pytest.mark.parametrize("verb", PLAIN_VERBS)
 def test_every_verb_refuses_an_unknown_option(monkeypatch, capsys, verb):
     assert call(monkeypatch, verb, "x", "--no-such") == 2
     assert "--no-such" in capsys.readouterr().err

@@ -165,7 +165,7 @@ def make_checkout(root):
 @pytest.mark.parametrize(
     ("arguments", "refreshes"),
     [
-        (["status"], ["source --refresh"]),
+        (["status"], ["source --refresh --keep"]),
         (["-v", "--wait-for-lock", "repro", "-s", "a"], ["source --refresh"]),
         (["--cd", "status", "push"], []),
         (["repro", "--help"], []),
@@ -182,6 +182,26 @@ def test_wrapper_refreshes_only_before_looking_at_the_workspace(tmp_path, argume
     expected.append(f".venv-dvc -m dvc {' '.join(arguments)}")
     assert done.stderr.splitlines() == expected
     assert done.stdout == "noise\n"  # dvc's own; the refresh is quiet
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remote"),
+    [
+        (["pull"], ""),
+        (["fetch", "-r", "lake", "data/x"], " lake"),
+        (["pull", "--remote=lake"], " lake"),
+        (["repro", "--pull"], ""),
+        (["push", "-r", "lake"], None),
+        (["pull", "--help"], None),
+    ],
+)
+def test_wrapper_checks_listings_before_anything_is_pulled(tmp_path, arguments, remote):
+    wrapper = make_checkout(tmp_path)
+    done = subprocess.run([wrapper, *arguments], capture_output=True, text=True)
+    checked = [line for line in done.stderr.splitlines() if "listings" in line]
+    expected = f".venv-dvc {tmp_path}/tools/listings.py{remote}"
+    assert checked == ([] if remote is None else [expected])
+    assert done.stderr.splitlines()[-1] == f".venv-dvc -m dvc {' '.join(arguments)}"
 
 
 def test_wrapper_stops_with_the_exit_code_of_a_failed_refresh(tmp_path):

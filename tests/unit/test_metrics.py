@@ -8,11 +8,13 @@ import pytest
 from dinov3.errors import DataError
 from dinov3.evals.metrics import (
     bootstrap_interval,
+    copy_deviations,
     difference_from_copies,
     mean_cosine,
     mean_per_class,
     paired_difference,
     participation_ratio,
+    possible_differences,
     rankme,
     top_hits,
 )
@@ -136,3 +138,21 @@ def test_one_untrained_network_seldom_counts_as_better_than_others_that_are_no_d
 def test_copies_of_other_samples_are_refused():
     with pytest.raises(DataError, match=r"sizes differ, got \[4, 4, 3\]"):
         difference_from_copies(np.ones(4), [np.ones(4), np.ones(3)], 10, 0)
+
+
+@pytest.mark.parametrize("num_copies", [2, 3])
+def test_a_difference_of_figures_never_leaves_what_a_difference_can_be(num_copies):
+    generator = np.random.default_rng(0)
+    ours = generator.random(60) < 0.95
+    copies = [generator.random(60) < 0.9 * share for share in np.linspace(0, 1, num_copies)]
+    noise = copy_deviations([float(copy.mean()) for copy in copies], 500, 0)
+    assert np.abs(noise).max() > 2  # what the cut is for
+    found = difference_from_copies(ours, copies, 500, 0)
+    assert found.high == 1.0
+    assert -1.0 <= found.low < found.mean
+
+
+def test_cutting_an_interval_loses_no_difference_that_can_be():
+    drawn = np.array([-2.6, -1.0, -0.3, 0.0, 0.7, 1.0, 3.1])
+    kept = possible_differences(drawn)
+    assert kept.tolist() == [-1.0, -1.0, -0.3, 0.0, 0.7, 1.0, 1.0]

@@ -21,24 +21,28 @@ ENTRIES = {
     "eval_reports": "dinov3.evals.report",
     "eval_reports_dinotxt": "dinov3.evals.text_report",
     "eval_reports_phases": "dinov3.evals.phases",
+    "release": "dinov3.publish.build",
 }
-# They carry a stage and its words, and decide nothing: a better error message re-trains no model.
+# They carry a stage and its words, or bytes that are checked by digest, and decide nothing: a
+# better error message re-trains no model.
 FRAME = {
     "dinov3.checkpoint",
     "dinov3.config",
     "dinov3.curation.progress",
     "dinov3.device",
     "dinov3.errors",
+    "dinov3.lake",
     "dinov3.launch",
     "dinov3.ranks",
     "dinov3.recipe",
     "dinov3.stage",
     "dinov3.state",
+    "dinov3.verified_weights",
     "dinov3.weight_files",
 }
 
 
-FRAME_PACKAGES = ("dinov3.release.", "dinov3.config.", "dinov3.state.")
+FRAME_PACKAGES = ("dinov3.release.", "dinov3.config.", "dinov3.state.", "dinov3.lake.")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,7 @@ PHASES = {
     "eval_reports": "evals",
     "eval_reports_dinotxt": "evals",
     "eval_reports_phases": "evals",
+    "release": "release",
 }
 RECIPES = Path("dinov3/recipes")
 PIPELINE_FAMILIES = ["default", "demo", "smoke_cpu", "vits_1gpu", "vitl_1gpu"]

@@ -13,6 +13,7 @@ from dinov3.release.record import (
     RecordError,
     canonical_json,
     digest_of,
+    parse_canonical,
     parse_json,
     read_record,
 )
@@ -61,6 +62,22 @@ def test_nan_cannot_be_recorded():
         (b"\xff", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
         (b"9" * 10_000, "not readable as JSON"),
+        (b"1" * 19, "a number not every reader knows"),
+        (b"-" + b"1" * 19, "a number not every reader knows"),
+        (b"-0", "a number not every reader knows"),
+        (b"0." + b"1" * 39, "a number not every reader knows"),
+        (b"[" * 65 + b"]" * 65, "nested deeper than 64"),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "nested deeper than 64"),
+        (b'[{"a":' * 33 + b"1" + b"}]" * 33, "nested deeper than 64"),
+        (b'["\\"' + b",[" * 70 + b"]" * 71, "nested deeper than 64"),
+        (b'{"a":1}{', "not readable as JSON"),
+        (b"{} x", "not readable as JSON"),
+        (b"\xef\xbb\xbf{}", "not readable as JSON"),
+        (b'"\\ud800"', "not readable as JSON"),
+        (b'{"\\uDfff":1}', "not readable as JSON"),
+        (b'"\xed\xa0\x80"', "not readable as JSON"),
+        (b'"a\nb"', "not readable as JSON"),
+        (b"", "not readable as JSON"),
         (b'{"a":1e999}', "not a number JSON knows"),
         (b'{"a":-1e999}', "not a number JSON knows"),
     ],
@@ -68,6 +85,55 @@ def test_nan_cannot_be_recorded():
 def test_ambiguous_json_is_refused(text, reason):
     with pytest.raises(RecordError, match=reason):
         parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b"[" * 64 + b"]" * 64, None),
+        (b'["' + b"[" * 100 + b'\\"]"]', ["[" * 100 + '"]']),
+        (b"[" + b"[]," * 100 + b"[]]", [[]] * 101),
+        (b"1" * 18, int("1" * 18)),
+        (b"-1.7976931348623157e+308", -1.7976931348623157e308),
+        (b'"\\ud83d\\ude00"', "\U0001f600"),
+        (b'"\\\\ud800"', "\\ud800"),
+    ],
+)
+def test_what_lies_within_the_limits_is_read(text, value):
+    found = parse_json(text)
+    assert value is None or found == value
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" + b"[]," * 2**18 + b"[]]", b"[" + b"1," * (2**20 + 1) + b"1]"]
+)
+def test_document_of_very_many_values_is_not_built(text):
+    with pytest.raises(RecordError, match="more than 262144 lists or 1048576 values"):
+        parse_json(text)
+
+
+def test_record_of_any_size_is_refused_in_bounded_memory(tmp_path):
+    path = tmp_path / "record.json"
+    path.touch()
+    os.truncate(path, 10**12)
+    with pytest.raises(RecordError, match=r"record\.json: not readable as JSON: larger than"):
+        read_record(path)
+
+
+def test_document_larger_than_its_limit_is_not_parsed():
+    assert parse_json(b"[1, 2]", max_bytes=6) == [1, 2]
+    with pytest.raises(RecordError, match="larger than 5 bytes, got 6"):
+        parse_json(b"[1, 2]", max_bytes=5)
+
+
+@pytest.mark.parametrize(
+    "text", [b'{"a":1}', b'{"a": 1}\n', b'{"b":1,"a":1}\n', b'"\\u00e4"\n', b"1e2\n", b"{}\n\n"]
+)
+def test_canonical_reading_takes_one_form_alone(text):
+    value = parse_json(text)
+    assert parse_canonical(canonical_json(value)) == value
+    with pytest.raises(RecordError, match="not canonical JSON"):
+        parse_canonical(text)
 
 
 def test_unknown_schema_is_refused(tmp_path):
@@ -98,7 +164,6 @@ def test_digest_that_is_not_hexadecimal_is_refused(tmp_path):
     ("place", "value"),
     [
         (["stage"], 3),
-        (["stage"], "\ud800"),
         (["inputs"], {}),
         (["inputs"], [3]),
         (["inputs", 0], {"role": "a"}),
@@ -138,6 +203,13 @@ def test_field_of_the_wrong_kind_is_refused(tmp_path, place, value):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(raw))
     with pytest.raises(RecordError, match=r"record\.json: a field is missing or of the wrong kind"):
+        read_record(path)
+
+
+def test_record_with_text_that_is_not_unicode_is_refused(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({**json.loads(a_record().to_bytes()), "stage": "\ud800"}))
+    with pytest.raises(RecordError, match=r"record\.json: not readable as JSON"):
         read_record(path)
 
 

@@ -1,6 +1,8 @@
 """The frame of a stage: whole outputs or none, inputs checked byte by byte."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -97,6 +99,69 @@ def test_failure_leaves_nothing_behind(tmp_path):
         s.path("half.txt").write_text("half")
         raise RuntimeError("boom")
     assert list(tmp_path.iterdir()) == []
+
+
+RUN = """
+import sys; from pathlib import Path
+from dinov3.stage import open_stage
+with open_stage("s", Path(sys.argv[1]), config={}) as stage:
+    stage.path("x.txt").write_text("x")
+    print(flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A process within the stage of the folder `s`, its files half made."""
+    arguments = [sys.executable, "-c", RUN, str(tmp_path / "s")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def make(folder):
+    with open_stage("s", folder, config={}) as stage:
+        stage.path("x.txt").write_text("x")
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next_one(tmp_path, running):
+    running.kill()
+    running.wait()
+    left = tmp_path / f".s.partial-{running.pid}"
+    assert left.is_dir()
+    make(tmp_path / "other")
+    assert left.is_dir()
+    make(tmp_path / "s")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "s"]
+
+
+def test_a_killed_run_is_cleared_before_its_parent_has_heard_of_its_end(tmp_path, running):
+    running.kill()
+    assert running.stdout.read() == b""  # it is gone, and nobody has waited for it: a zombie
+    make(tmp_path / "s")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_living_run_keeps_its_folder_and_ends_well(tmp_path, running):
+    make(tmp_path / "s")
+    assert (tmp_path / f".s.partial-{running.pid}" / "x.txt").is_file()
+    running.stdin.write(b"\n")
+    running.stdin.close()
+    assert running.wait() == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_link_or_a_file_in_the_place_of_a_left_folder_is_left_alone(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "x").touch()
+    (tmp_path / ".s.partial-1").symlink_to(kept)
+    (tmp_path / ".s.partial-2").touch()
+    make(tmp_path / "s")
+    assert (kept / "x").is_file()
+    assert (tmp_path / ".s.partial-2").is_file()
 
 
 def test_two_runs_of_the_same_inputs_give_the_same_record(tmp_path):

@@ -80,8 +80,8 @@ def repository(tmp_path, monkeypatch):
 def test_stamps_have_label_caption_and_licence_and_no_doubles(tmp_path):
     draw(tmp_path)
     expected = [
-        Entry("animals/birds/owl.png", "animals", "An owl.", "GPL-2"),
-        Entry("animals/birds/wren.png", "animals", None, "GPL-2"),
+        Entry("animals/birds/owl.png", "animals", "An owl.", "GPL-2.0-or-later"),
+        Entry("animals/birds/wren.png", "animals", None, "GPL-2.0-or-later"),
     ]
     for root in (tmp_path, tmp_path / INSIDE):
         source = open_source(f"stamps:{root}")

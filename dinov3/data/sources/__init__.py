@@ -1,7 +1,8 @@
 """Where images come from, named on one line.
 
-`folder:PATH`, `list:FILE`, `parquet:FILE`, `wds:PATTERN` or `stamps:PATH`. Nothing here imports
-torch or polars: the fingerprint of a source must be cheap.
+`folder:PATH`, `list:FILE`, `parquet:FILE`, `wds:PATTERN`, `stamps:PATH` or
+`lakefs://REPO/COMMIT/PREFIX`. Nothing here imports torch or polars: the fingerprint of a source
+must be cheap.
 """
 
 import difflib
@@ -17,12 +18,20 @@ from dinov3.errors import DataError
 
 __all__ = ["Entry", "ImageSource", "open_source", "require_images"]
 
+
+def _open_lakefs(rest: str) -> ImageSource:
+    from dinov3.data.sources.lakefs import LakefsSource
+
+    return LakefsSource(f"lakefs:{rest}")
+
+
 _OPENERS: dict[str, Callable[[str], ImageSource]] = {
     "folder": lambda rest: FolderSource(Path(rest).expanduser()),
     "list": lambda rest: ListSource(Path(rest).expanduser()),
     "parquet": lambda rest: open_parquet(Path(rest).expanduser()),
     "wds": lambda rest: ShardSource(str(Path(rest).expanduser())),
     "stamps": lambda rest: StampsSource(Path(rest).expanduser()),
+    "lakefs": _open_lakefs,
 }
 
 

@@ -10,7 +10,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import IO
 
@@ -33,10 +33,22 @@ class Entry:
     refused: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StoredEntry(Entry):
+    """An entry of `size` bytes that the source identifies by an address: nobody must read them."""
+
+    address: str = field(kw_only=True)
+    size: int = field(kw_only=True)
+
+
 class ImageSource(ABC):
-    """Images somewhere outside; `ignored` counts what the last `entries()` passed over, by kind."""
+    """Images somewhere outside; `ignored` counts what the last `entries()` passed over, by kind.
+
+    `is_pinned`: the name of the source can never stand for other images.
+    """
 
     kind: str
+    is_pinned = False
 
     def __init__(self) -> None:
         self.ignored: Counter[str] = Counter()

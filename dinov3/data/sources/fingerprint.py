@@ -2,10 +2,12 @@
 
 dvc cannot depend on pipes, loops, shards or lists of paths; it depends on this file. Its content is
 a pure function of the images' bytes and descriptions, and it is rewritten only when that changes.
-Hashes are kept by (size, mtime, ctime, inode), so asking again costs one stat an image.
+Hashes are kept by (size, mtime, ctime, inode), so asking again costs one stat an image; of a pinned
+source the value itself is kept, and asking again costs nothing.
 """
 
 import hashlib
+import json
 import os
 import sqlite3
 import time
@@ -17,9 +19,10 @@ from typing import Any
 import yaml
 
 from dinov3.data.sources import Entry, ImageSource, open_source, require_images
+from dinov3.data.sources.entries import StoredEntry
 from dinov3.data.sources.paths import reason_of
 from dinov3.errors import ConfigError, DataError
-from dinov3.release.record import canonical_json
+from dinov3.release.record import canonical_json, digest_of, file_sha256
 from dinov3.stage import atomic_write
 
 RELATIVE_PATH = Path("data/raw_images/fingerprint.json")
@@ -40,9 +43,14 @@ class Fingerprint:
         self._digest = hashlib.sha256()
 
     def add(self, entry: Entry, identity: str, num_bytes: int) -> None:
-        """Adds one entry; `identity` is the sha256 of its bytes, or why they cannot be read."""
+        """Adds one entry; `identity` is the sha256 of its bytes, or why they cannot be read.
+
+        Where the source has an address for them, that counts: it is known without reading.
+        """
         self.num_files += 1
         self.num_bytes += num_bytes
+        if isinstance(entry, StoredEntry):
+            identity = entry.address
         row = [entry.path, entry.label, entry.caption, entry.licence, identity]
         self._digest.update(canonical_json(row))
 
@@ -131,15 +139,21 @@ def refresh_from_params(params: Path, spec: str | None = None) -> dict[str, Any]
 def _measure(source: ImageSource, cache: Path) -> dict[str, Any]:
     fingerprint = Fingerprint(source.kind)
     with _open_cache(cache) as known:
+        if source.is_pinned and (found := known.value_of(source)) is not None:
+            return found
         for entry in source.entries():
             identity, num_bytes = _identify_cached(source, entry, known)
             fingerprint.add(entry, identity, num_bytes)
+        if source.is_pinned and fingerprint.num_files > 0:
+            known.put_value(source, fingerprint.value())
     return fingerprint.value()
 
 
 def _identify_cached(source: ImageSource, entry: Entry, known: "_Hashes") -> tuple[str, int]:
     if entry.refused is not None:
         return entry.refused, 0
+    if isinstance(entry, StoredEntry):
+        return entry.address, entry.size
     place = source.file_of(entry.path)
     try:
         before = _stat_key(place)
@@ -180,6 +194,23 @@ class _Hashes:
             "CREATE TABLE IF NOT EXISTS hashes (name TEXT PRIMARY KEY, size, mtime, ctime, inode, "
             "sha256, bytes) WITHOUT ROWID"
         )
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS pinned (name TEXT PRIMARY KEY, value) WITHOUT ROWID"
+        )
+
+    def value_of(self, source: ImageSource) -> dict[str, Any] | None:
+        """The value of a pinned source, when this code found it before."""
+        query = "SELECT value FROM pinned WHERE name = ?"
+        row = self._connection.execute(query, (_listing_key(source),)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put_value(self, source: ImageSource, value: dict[str, Any]) -> None:
+        """Keeps the value of a pinned source."""
+        with self._connection:
+            self._connection.execute(
+                "INSERT OR REPLACE INTO pinned VALUES (?, ?)",
+                (_listing_key(source), json.dumps(value)),
+            )
 
     def get(self, name: str, key: tuple[int, int, int, int]) -> tuple[str, int] | None:
         """sha256 and length of the bytes, when the stat is the one they were read under."""
@@ -208,6 +239,12 @@ def _open_cache(path: Path) -> Iterator[_Hashes]:
         known = _Hashes(connection)
         yield known
         known.commit()
+
+
+def _listing_key(source: ImageSource) -> str:
+    """Changes with the name and with the code that decides what is listed, and how."""
+    code = [file_sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return digest_of([source.kind, code])
 
 
 def _storable(name: str) -> bytes:

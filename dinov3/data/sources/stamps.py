@@ -18,7 +18,7 @@ from dinov3.errors import DataError
 
 PACKAGE = "tuxpaint-stamps-default"
 INSIDE = Path("usr/share/tuxpaint/stamps")  # where the package keeps the pictures
-LICENCE = "GPL-2"
+LICENCE = "GPL-2.0-or-later"  # what the package's copyright file grants
 _DOUBLES = ("_mirror", "_flip", "_mirror_flip")
 _OWN_PICTURES = "Or use your own pictures: SOURCE=folder:/my/pictures"
 

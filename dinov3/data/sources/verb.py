@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from dinov3.data.sources.fingerprint import RELATIVE_PATH, refresh_from_params
-from dinov3.errors import ConfigError, DinoError
+from dinov3.errors import ConfigError, DataError, DinoError, StoreError
 from dinov3.release.record import canonical_json
 from dinov3.stage import atomic_write
 
@@ -26,6 +26,9 @@ def main(arguments: list[str]) -> int:
         prog="python -m dinov3 source", description="Which source the pipeline reads."
     )
     parser.add_argument("--refresh", action="store_true", help=f"write {RELATIVE_PATH}")
+    parser.add_argument(
+        "--keep", action="store_true", help="with --refresh: without the source, as last seen"
+    )
     parser.add_argument("--set", metavar="SPEC", help="write the source into params.yaml")
     parser.add_argument("--source", metavar="SPEC", help="in place of the one in params.yaml")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
@@ -34,8 +37,7 @@ def main(arguments: list[str]) -> int:
         if options.set is not None:
             set_source(options.params, options.set)
         elif options.refresh:
-            value = refresh_from_params(options.params, options.source)
-            sys.stdout.write(canonical_json(value).decode())
+            sys.stdout.write(_refresh(options.params, options.source, keep=options.keep))
         else:
             sys.stdout.write(f"{current_source(options.params)}\n")
     except DinoError as error:
@@ -47,6 +49,18 @@ def main(arguments: list[str]) -> int:
 def current_source(params: Path) -> str:
     """The source that the pipeline's parameter file names."""
     return str(yaml.safe_load(params.read_text(encoding="utf-8"))["source"])
+
+
+def _refresh(params: Path, spec: str | None, *, keep: bool) -> str:
+    """The fingerprint, brought up to date; `keep` takes the last one where the source is away."""
+    last = params.parent / RELATIVE_PATH
+    try:
+        return canonical_json(refresh_from_params(params, spec)).decode()
+    except (DataError, StoreError) as error:
+        if not keep or not last.is_file():
+            raise
+        sys.stderr.write(f"dinov3: {error}\ndinov3: {last}: taken as it was last seen\n")
+        return last.read_text("utf-8")
 
 
 def set_source(params: Path, spec: str) -> None:

@@ -1,0 +1,1 @@
+"""The writing side of releases: build, gate, sign, describe, store."""

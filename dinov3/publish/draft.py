@@ -1,0 +1,100 @@
+"""A release before it is written: what its files are made of."""
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dinov3.config import ReleaseConfig
+from dinov3.gates import Evidence, count_images, weights_name
+from dinov3.release.checks import Node
+from dinov3.release.contents import CONFIG_NAME
+from dinov3.release.images import IMAGES_NAME
+from dinov3.release.policy import ImageCounts
+from dinov3.release.record import RUN_NAME, parse_json
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What went through the gates.
+
+    Attributes:
+        model: Name of the model.
+        version: MAJOR.MINOR.PATCH.
+        recipe: Name of the recipe of the release.
+        overrides: Laid over it.
+        config: The resolved recipe.
+        policy: Its policy as JSON.
+        evidence: The chain.
+        report: Content of the evaluation's `report.json`.
+        checks: Content of `checks.json`.
+        previous: Digest of the release before; None for the first.
+        salt: Keys the list of images; None leaves it plain.
+    """
+
+    model: str
+    version: str
+    recipe: str
+    overrides: tuple[str, ...]
+    config: ReleaseConfig
+    policy: Mapping[str, Any]
+    evidence: Evidence
+    report: Mapping[str, Any]
+    checks: Mapping[str, Any]
+    previous: str | None = None
+    salt: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        """`MODEL@VERSION`."""
+        return f"{self.model}@{self.version}"
+
+    @property
+    def licence(self) -> str:
+        """Of the release, an SPDX expression."""
+        return str(self.policy["licence"])
+
+    @property
+    def weights(self) -> str:
+        """The file of weights in its stage's folder."""
+        name = weights_name(self.evidence.final)
+        if name is None:  # the evaluation's gate asks for it
+            msg = "release: its final record names no weights"
+            raise ValueError(msg)
+        return name
+
+    @cached_property
+    def curated(self) -> Node | None:
+        """The stage that wrote the list of images; None below outside weights alone."""
+        return next(iter(self.evidence.writers_of(IMAGES_NAME)), None)
+
+    @cached_property
+    def images(self) -> ImageCounts | None:
+        """How many images were trained and evaluated on; None where nobody knows."""
+        return None if self.curated is None else count_images(self.curated)
+
+    @cached_property
+    def network(self) -> dict[str, Any]:
+        """Fields of the network, from the config beside the weights."""
+        config = parse_json((self.evidence.final.folder / CONFIG_NAME).read_bytes())
+        fields: dict[str, Any] = config["model"]
+        return fields
+
+    @cached_property
+    def made(self) -> datetime.datetime:
+        """When the last stage of the chain had finished, by its own clock."""
+        times = [float(run_of(node).get("finished", 0)) for node in self.evidence.nodes]
+        return datetime.datetime.fromtimestamp(int(max(times)), datetime.UTC)
+
+
+def run_of(node: Node) -> dict[str, Any]:
+    """Content of the `run.json` beside a record, which the chain's gate found to be there."""
+    run: dict[str, Any] = parse_json((node.folder / RUN_NAME).read_bytes())
+    return run
+
+
+def find_text(texts: Mapping[str, Path | None] | None) -> dict[str, Path]:
+    """The licence texts that are there."""
+    return {name: path for name, path in (texts or {}).items() if path is not None}

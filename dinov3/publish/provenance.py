@@ -1,0 +1,118 @@
+"""How a release came about: an in-toto Statement v1 with SLSA's provenance predicate v1.
+
+It says what the records say, in the words that supply-chain tools read. Who made it claims no
+more than Build L1: the builder is whoever ran the command and holds the key.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from dinov3 import __version__
+from dinov3.gates import stem
+from dinov3.publish.draft import Draft, run_of
+from dinov3.release.contents import (
+    CHECKS_NAME,
+    CONFIG_NAME,
+    EVALS_NAME,
+    HEADS_NAME,
+    MODEL_NAME,
+    RELEASE_NAME,
+)
+from dinov3.release.images import IMAGES_NAME
+from dinov3.release.record import digest_of
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:x-dinov3:build:release:1"
+BUILDER = "urn:x-dinov3:builder:local"
+
+_SUBJECTS = (MODEL_NAME, HEADS_NAME, CONFIG_NAME, EVALS_NAME)
+_BYPRODUCTS = (CHECKS_NAME, RELEASE_NAME)
+
+
+def statement(draft: Draft, digests: Mapping[str, str]) -> dict[str, Any]:
+    """The statement as JSON values.
+
+    Args:
+        draft: The release.
+        digests: sha256 of its files by path, of those that are written already.
+    """
+    runs = [run_of(node) for node in draft.evidence.nodes]
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": list(_resources(digests, _SUBJECTS)),
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {
+                    "model": draft.model,
+                    "version": draft.version,
+                    "recipe": draft.recipe,
+                    "overrides": list(draft.overrides),
+                    "source": [_named(root) for root in _sources(draft)],
+                },
+                "internalParameters": {
+                    "config_digest": draft.evidence.final.record.config_digest,
+                    "policy_digest": digest_of(draft.policy),
+                    "seeds": dict(draft.evidence.final.record.seeds),
+                },
+                "resolvedDependencies": list(_dependencies(draft)),
+            },
+            "runDetails": {
+                "builder": {"id": BUILDER, "version": {"dinov3": __version__}},
+                "metadata": {
+                    "invocationId": draft.evidence.final.digest,
+                    "startedOn": _moment(min(float(run.get("started", 0)) for run in runs)),
+                    "finishedOn": _moment(max(float(run.get("finished", 0)) for run in runs)),
+                },
+                "byproducts": list(_resources(digests, _BYPRODUCTS)),
+            },
+        },
+    }
+
+
+def _resources(digests: Mapping[str, str], names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for name in names:
+        if name in digests:
+            yield {"name": name, "digest": {"sha256": digests[name]}}
+
+
+def _dependencies(draft: Draft) -> Iterator[dict[str, Any]]:
+    """Everything that went in, each with a digest: list of images, code, lock, records, roots."""
+    if draft.curated is not None:
+        images = draft.curated.record.outputs[IMAGES_NAME]
+        yield {"name": IMAGES_NAME, "digest": {"sha256": images.sha256}}
+    nodes = draft.evidence.nodes
+    for code in sorted({node.record.code for node in nodes}):
+        yield {"name": "code", "digest": {"sha256": code}}
+    for lock in sorted({node.record.environment for node in nodes}):
+        yield {"name": "requirements.lock", "digest": {"sha256": lock}}
+    yield from _commits([run_of(node) for node in nodes])
+    for node in nodes:
+        yield {"name": f"records/{stem(node)}.json", "digest": {"sha256": node.digest}}
+    for root in draft.evidence.roots:
+        yield {"name": f"{root.role}: {root.name}", "digest": {"sha256": root.sha256}}
+
+
+def _commits(runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Commits of the code, and whether a stage ran with more than what was committed."""
+    for commit in sorted({str(run["commit"]) for run in runs if run.get("commit") is not None}):
+        found: dict[str, Any] = {"name": "git commit", "digest": {"gitCommit": commit}}
+        if any(run.get("dirty") for run in runs if run.get("commit") == commit):
+            found["annotations"] = {"uncommitted_changes": True}
+        yield found
+
+
+def _sources(draft: Draft) -> Iterator[Any]:
+    return (root for root in draft.evidence.roots if root.role == "source")
+
+
+def _named(root: Any) -> dict[str, Any]:
+    return {"name": root.name, "sha256": root.sha256}
+
+
+def _moment(seconds: float) -> str:
+    """RFC 3339, whole seconds, UTC; by the clock of the machine, which nobody vouches for."""
+    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

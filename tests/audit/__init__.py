@@ -1,0 +1,1 @@
+"""One negative test for each way to cheat whoever verifies a release."""

@@ -1,0 +1,159 @@
+"""From the roots down: who used a teacher, a dataset, a picture, a licence, a version."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from dinov3.publish.build import build_release
+from dinov3.release.record import canonical_json, file_sha256
+from tests.released import a_request, change_run, make_chain
+from tests.traced import (
+    EVALUATED,
+    EXCLUDED,
+    TRAINED,
+    WHOLE_CHAIN,
+    WHY,
+    asking,
+    facts,
+    publish,
+    used_by,
+)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    base = tmp_path_factory.mktemp("published")
+    publish(base)
+    return base
+
+
+@pytest.fixture
+def base(written, tmp_path):
+    """What was published, to be tampered with."""
+    return shutil.copytree(written, tmp_path / "base", symlinks=True)
+
+
+@pytest.fixture
+def ask(base, capsys):
+    return asking(base, capsys)
+
+
+def test_teacher_leads_to_its_students_and_their_releases(base, ask):
+    code, found = ask(base / "data" / "pretrained_checkpoint", "--reverse", store=True)
+    assert code == 0
+    assert {
+        "distilled_students_vits",
+        "eval_reports_vits",
+        "eval_reports_pretrained",
+        "release pretrained@0.1.0",
+        "release vits@0.1.0",
+    } <= used_by(found)
+    assert "curated_dataset" not in used_by(found)
+    assert facts(found, "used by release vits@0.1.0")["withdrawn"] == WHY
+    assert facts(found, "used by release pretrained@0.1.0")["withdrawn"] is None
+    assert facts(found, "used by eval_reports_vits")["how"] == "through distilled_students_vits"
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_released_weights_lead_to_their_release(base, ask, store):
+    path = base / "data" / "releases" / "vits" / "release" / "model.safetensors"
+    _, found = ask(path, "--reverse", root="nowhere" if store else "data", store=store)
+    assert facts(found, "used by release vits@0.1.0")["how"] == "same bytes as model.safetensors"
+    assert "release pretrained@0.1.0" not in used_by(found)
+
+
+@pytest.mark.parametrize("form", ["file", "digest", "name"])
+def test_dataset_leads_to_all_that_was_made_of_it(base, ask, form):
+    record = json.loads((base / "data" / "image_manifest" / "record.json").read_bytes())
+    (root,) = record["inputs"]
+    target = {
+        "file": base / "data" / "image_manifest" / "manifest.parquet",
+        "digest": root["sha256"],
+        "name": root["name"],
+    }[form]
+    code, found = ask(target, "--reverse")
+    assert code == 0
+    assert (WHOLE_CHAIN - {"image_manifest"}) | {"release vits@0.1.0"} <= used_by(found)
+
+
+@pytest.mark.parametrize(
+    ("digest", "users", "others"),
+    [
+        (
+            TRAINED,
+            {"pretrained_checkpoint", "eval_reports_vits", "release vits@0.1.0"},
+            {"image_manifest"},
+        ),
+        (
+            EVALUATED,
+            {"eval_reports_vits", "release vits@0.1.0"},
+            {"pretrained_checkpoint", "distilled_students_vits"},
+        ),
+        (EXCLUDED, {"release vits@0.1.0"}, {"pretrained_checkpoint", "eval_reports_vits"}),
+    ],
+)
+def test_picture_leads_to_who_trained_or_evaluated_on_it(ask, digest, users, others):
+    code, found = ask(digest, "--reverse", store=True)
+    assert code == 0
+    assert users <= used_by(found)
+    assert not others & used_by(found)
+
+
+def test_release_says_in_which_role_it_used_a_picture(ask):
+    _, found = ask(EXCLUDED, "--reverse", root="nowhere", store=True)
+    assert facts(found, "used by release vits@0.1.0")["how"] == "excluded: exact duplicate"
+
+
+@pytest.mark.parametrize("mode", ["digest", "keyed"])
+def test_release_that_does_not_publish_its_pictures_says_so(base, ask, mode):
+    chain = make_chain(base / "private")
+    request = a_request(chain, "vits", "0.2.0", None, [f"images={mode}"])
+    build_release(replace(request, salt=b"s" * 32 if mode == "keyed" else None))
+    shutil.rmtree(base / "private" / "curated_dataset")
+    code, found = ask(TRAINED, "--reverse", root="private")
+    assert code == 2
+    assert any("list of pictures is" in said for said in found["unchecked"])
+
+
+def test_licence_leads_to_all_that_carry_it(ask):
+    code, found = ask("GPL-2.0-or-later", "--reverse", store=True)
+    assert code == 0
+    assert WHOLE_CHAIN | {"release vits@0.1.0", "release pretrained@0.1.0"} <= used_by(found)
+
+
+@pytest.mark.parametrize("target", ["MIT", "GPL", "f" * 64, "vits@9.9.9", "no/such/path"])
+def test_what_nothing_names_exits_with_2(ask, target):
+    code, found = ask(target, "--reverse")
+    assert code == 2
+    assert "no record below" in found["unchecked"][0]
+
+
+def test_version_is_told_by_run_or_by_the_lock_at_hand(base, ask):
+    """Of the others it is said that they do not tell."""
+    change_run(base / "data" / "pretrained_checkpoint", versions={"thing": "2.15.0+cpu"})
+    change_run(base / "data" / "image_manifest", versions={"thing": "2.14"})
+    code, found = ask("thing==2.15.0", "--reverse")
+    assert code == 2
+    assert "pretrained_checkpoint" in used_by(found)
+    assert "image_manifest" not in used_by(found)
+    assert facts(found, "versions of thing") == {"2.14": "1 records", "2.15.0+cpu": "1 records"}
+    assert any("neither run.json nor" in said for said in found["unchecked"])
+    record = json.loads((base / "data" / "image_manifest" / "record.json").read_bytes())
+    lock = base / "requirements.lock"
+    lock.write_text("thing==2.15.0 \\\n    --hash=sha256:00\n")
+    for path in (base / "data").rglob("record.json"):
+        value = json.loads(path.read_bytes())
+        value["environment"] = file_sha256(lock)
+        path.write_bytes(canonical_json(value))
+    assert record["environment"] != file_sha256(lock)
+    _, found = ask("thing==2.15", "--reverse")
+    assert "curated_dataset" in used_by(found)
+
+
+def test_environment_digest_leads_to_its_records(base, ask):
+    record = json.loads((base / "data" / "image_manifest" / "record.json").read_bytes())
+    code, found = ask(record["environment"], "--reverse")
+    assert code == 0
+    assert used_by(found) >= WHOLE_CHAIN
