@@ -43,7 +43,7 @@ from dinov3.publish.entry import (
     ignore,
 )
 from dinov3.publish.private_key import PrivateKey
-from dinov3.publish.receipting import (
+from dinov3.publish.store_receipts import (
     UNREADABLE,
     compare_receipts,
     leave_receipt,

@@ -28,7 +28,7 @@ from dinov3.publish.private_key import (
     refuse_checkout,
 )
 from dinov3.publish.private_key import load_key as load_key
-from dinov3.publish.receipts import locked, replace_whole
+from dinov3.publish.signed_log import locked, replace_whole
 from dinov3.release.public_key import fingerprint
 from dinov3.release.receipts import KEYS_NAME
 from dinov3.release.refusals import CannotCheck, Refused

@@ -33,7 +33,7 @@ from dinov3.publish.lakefs_audit import audit_history
 from dinov3.publish.lakefs_main import MAIN, Change, Main
 from dinov3.publish.lakefs_runs import prune_runs
 from dinov3.publish.private_key import PrivateKey
-from dinov3.publish.receipting import compare_receipts, leave_receipt, read_withdrawal
+from dinov3.publish.store_receipts import compare_receipts, leave_receipt, read_withdrawal
 from dinov3.release.files import SUMS_NAME, UNLISTED, parse_sums
 from dinov3.release.opening import open_below
 from dinov3.release.receipts import Receipt

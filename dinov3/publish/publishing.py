@@ -13,8 +13,8 @@ from pathlib import Path
 
 from dinov3.errors import AlreadyPublished, LineageBroken, ReleaseRefused, StoreError, StoreMissing
 from dinov3.publish.private_key import PrivateKey
-from dinov3.publish.receipts import append_receipt
 from dinov3.publish.releases import View
+from dinov3.publish.signed_log import append_receipt
 from dinov3.publish.store import (
     Entry,
     OnBytes,

@@ -25,7 +25,7 @@ from dinov3.publish.entry import (
     version_key,
 )
 from dinov3.publish.private_key import PrivateKey
-from dinov3.publish.receipting import (
+from dinov3.publish.store_receipts import (
     compare_receipts,
     is_of,
     leave_receipt,

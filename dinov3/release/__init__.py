@@ -1,1 +1,1 @@
-"""The reading side of lineage: standard library only."""
+"""The reading side of lineage and releases: standard library, and `cryptography` for signatures."""

@@ -12,8 +12,8 @@ import pytest
 
 from dinov3.publish.private_key import PrivateKey
 from dinov3.publish.publishing import audit_store
-from dinov3.publish.receipts import sign_envelope
 from dinov3.publish.releases import listing
+from dinov3.publish.signed_log import sign_envelope
 from dinov3.publish.store import Store, open_store
 from dinov3.release import verification
 from dinov3.release.audit import Question, audit_release

@@ -10,7 +10,7 @@ import pytest
 
 from dinov3.publish.keys import revoke
 from dinov3.publish.private_key import PrivateKey
-from dinov3.publish.receipts import sign_envelope
+from dinov3.publish.signed_log import sign_envelope
 from dinov3.release.audit import Question, audit_release
 from dinov3.release.files import check_sums, release_digest
 from dinov3.release.record import canonical_json

@@ -18,7 +18,7 @@ import pytest
 
 from dinov3.errors import AlreadyPublished, LineageBroken, StoreError
 from dinov3.publish.private_key import load_key, new_key
-from dinov3.publish.receipts import append_receipt
+from dinov3.publish.signed_log import append_receipt
 from dinov3.publish.store import STEPS, Entry, read_release
 from dinov3.release.receipts import Receipt
 from tests.flow.publishers import (

@@ -17,7 +17,7 @@ from dinov3.cli import run
 from dinov3.errors import ConfigError, DataError, LineageBroken, ReleaseRefused, StoreError
 from dinov3.publish.build import build_release, read_salt
 from dinov3.publish.keys import revoke
-from dinov3.publish.receipts import append_receipt
+from dinov3.publish.signed_log import append_receipt
 from dinov3.release.audit import Question, audit_release
 from dinov3.release.files import check_sums, release_digest
 from dinov3.release.images import read_images

@@ -20,8 +20,8 @@ from dinov3.publish.publishing import (
     withdraw_release,
     withdrawn_because,
 )
-from dinov3.publish.receipts import append_receipt
 from dinov3.publish.releases import View
+from dinov3.publish.signed_log import append_receipt
 from dinov3.publish.store import Entry, find_entry, read_log
 from dinov3.release.receipts import Receipt
 from tests.released import make_release

@@ -10,7 +10,7 @@ import pytest
 from dinov3.errors import DinoError, LineageBroken
 from dinov3.publish.keys import load_key
 from dinov3.publish.private_key import new_key
-from dinov3.publish.receipts import append_receipt, sign_envelope
+from dinov3.publish.signed_log import append_receipt, sign_envelope
 from dinov3.release.receipts import Receipt, read_keys, read_lines, read_receipts
 from dinov3.release.refusals import CannotCheck, Refused
 
@@ -158,7 +158,7 @@ APPEND = """
 import dataclasses, os, sys
 from pathlib import Path
 from dinov3.publish.keys import load_key
-from dinov3.publish import receipts
+from dinov3.publish import signed_log
 from dinov3.release.receipts import Receipt
 
 key = load_key(sys.argv[1])
@@ -171,7 +171,7 @@ if sys.argv[3].startswith("die"):
     setattr(os, sys.argv[3].removeprefix("die in "), die)
 for number in range(int(sys.argv[4])):
     version = f"{sys.argv[5]}.0.{number}"
-    receipts.append_receipt(log, Receipt("publish", "vits", version, "a" * 64), key)
+    signed_log.append_receipt(log, Receipt("publish", "vits", version, "a" * 64), key)
 """
 
 

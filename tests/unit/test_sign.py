@@ -9,8 +9,8 @@ import pytest
 
 from dinov3.errors import DinoError
 from dinov3.publish.private_key import load_key, new_key
-from dinov3.publish.receipts import sign_envelope
 from dinov3.publish.sign import check_with_library, sign_release
+from dinov3.publish.signed_log import sign_envelope
 from dinov3.release.envelope import open_envelope
 from dinov3.release.record import canonical_json
 

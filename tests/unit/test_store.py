@@ -10,7 +10,7 @@ import pytest
 
 from dinov3.errors import DinoError, LineageBroken, StoreError
 from dinov3.publish.private_key import PrivateKey, load_key, new_key
-from dinov3.publish.receipts import append_receipt, sign_envelope
+from dinov3.publish.signed_log import append_receipt, sign_envelope
 from dinov3.publish.store import (
     CHUNK,
     Entry,

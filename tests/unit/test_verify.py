@@ -9,7 +9,7 @@ import pytest
 
 from dinov3.errors import LineageBroken, StoreError
 from dinov3.publish.private_key import PrivateKey, load_key, new_key
-from dinov3.publish.receipts import sign_envelope
+from dinov3.publish.signed_log import sign_envelope
 from dinov3.publish.store import Store, open_store
 from dinov3.release.audit import Question, audit_release
 from dinov3.release.files import check_sums, release_digest

@@ -7,7 +7,7 @@ from pathlib import Path
 from dinov3.errors import StoreError
 from dinov3.publish.entry import Entry
 from dinov3.publish.private_key import PrivateKey
-from dinov3.publish.receipts import append_receipt
+from dinov3.publish.signed_log import append_receipt
 from dinov3.release.envelope import read_unchecked
 from dinov3.release.receipts import RECEIPTS_NAME, Receipt, read_keys, read_receipts
 from dinov3.release.refusals import CannotCheck, Refused
