@@ -60,7 +60,11 @@ def intact(folder: Path) -> Judgement:
     release, root = folder / "release", folder.parents[2]
     if not release.is_dir():
         return Judgement(False, "There is no release: its gates refused it.")
-    key = Path(RELEASE_LOG) / "keys" / f"{read_settings(root).key}.pub"
+    name = read_settings(root).key
+    key = Path(RELEASE_LOG) / "keys" / f"{name}.pub"
+    if not (root / key).is_file():
+        said = f"{key}: missing. Copy {name}.pub from the folder of keys to it, and commit it."
+        return Judgement(False, said)
     try:
         hashes = check_sums(release)
         found = {name: one.sha256 for name, one in hashes.items()}
@@ -68,14 +72,14 @@ def intact(folder: Path) -> Judgement:
         head = parse_json((release / "release.json").read_bytes())
     except (Refused, CannotCheck, RecordError, OSError) as error:
         return Judgement(False, str(error))
-    name = f"{head['model']}@{head['version']}"
+    version = f"{head['model']}@{head['version']}"
     return Judgement(
         True,
-        f"{name}: {len(hashes)} files, signed by {signer.fingerprint}",
+        f"{version}: {len(hashes)} files, signed by {signer.fingerprint}",
         {
             "digest": release_digest(hashes),
             "signer": str(signer.fingerprint),
-            "verify": f"dinov3 verify {release.relative_to(root)} --key {key} --expect {name}",
+            "verify": f"dinov3 verify {release.relative_to(root)} --key {key} --expect {version}",
         },
     )
 
