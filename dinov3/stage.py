@@ -223,6 +223,7 @@ def open_stage(name: str, output: Path, *, config: Mapping[str, Any]) -> Iterato
     stage = Stage(name, output, config)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_another(name, output)
         with _own_folder(stage.path("")):
             yield stage
             stage._finish()
@@ -231,6 +232,19 @@ def open_stage(name: str, output: Path, *, config: Mapping[str, Any]) -> Iterato
             raise
         msg = f"{output}: cannot be written: {error}. Free the disk or choose another folder."
         raise DataError(msg) from error
+
+
+def _refuse_another(name: str, output: Path) -> None:
+    """One wrong --output must not destroy the artifact of another stage."""
+    try:
+        there = read_record(output / RECORD_NAME).stage
+    except (OSError, RecordError):  # none, or a broken one, which is made anew
+        return
+    if there != name:
+        msg = (
+            f"{output}: holds the artifact of {there}, got {name} to write. Choose another folder."
+        )
+        raise DataError(msg)
 
 
 @contextlib.contextmanager

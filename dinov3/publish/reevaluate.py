@@ -233,7 +233,8 @@ def _scratch(output: Path) -> Iterator[Path]:
     try:
         output.mkdir(parents=True, exist_ok=True)
         for left in output.glob(f"{_SCRATCH}*"):
-            if not psutil.pid_exists(int(left.name.removeprefix(_SCRATCH).partition("-")[0])):
+            pid = left.name.removeprefix(_SCRATCH).partition("-")[0]
+            if pid.isdecimal() and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", dir=output) as made:
             yield Path(made)

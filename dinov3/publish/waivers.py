@@ -6,18 +6,17 @@ with the sha256 of the line before: attempts that failed cannot silently be left
 """
 
 import datetime
-import fcntl
 import hashlib
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
 from dinov3.errors import DataError, LineageBroken
+from dinov3.publish.signed_log import locked, replace_whole
 from dinov3.release.policy import GATES, NEVER_WAIVED, Policy, Verdict, may_be_waived
 from dinov3.release.record import RecordError, canonical_json, parse_json
 
@@ -141,14 +140,31 @@ def note_attempt(
     path = log / ATTEMPTS_NAME
     try:
         log.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as stream:
-            fcntl.flock(
-                stream, fcntl.LOCK_EX
-            )  # until closed: several releases may be built at once
-            return _append(stream, path, model, version, failed, judged, day)
+        with locked(log):  # several releases may be built at once
+            before = path.read_bytes() if path.exists() else b""
+            attempts = read_attempts(before, str(path))
+            line = canonical_json(
+                {
+                    "model": model,
+                    "version": version,
+                    "verdict": "refused" if failed else "passed",
+                    "failed": sorted(failed),
+                    "judged": judged,
+                    "date": day.isoformat(),
+                    "previous": _last_digest(before),
+                }
+            )
+            replace_whole(path, before + line)
     except OSError as error:
         msg = f"{path}: cannot be written: {error}. Free the disk, or mend its rights."
         raise DataError(msg) from error
+    same = [one for one in attempts if (one.get("model"), one.get("version")) == (model, version)]
+    return Attempt(len(same) + 1, hashlib.sha256(line).hexdigest())
+
+
+def _last_digest(data: bytes) -> str | None:
+    lines = data.splitlines(keepends=True)
+    return hashlib.sha256(lines[-1]).hexdigest() if lines else None
 
 
 def read_attempts(data: bytes, where: str) -> list[dict[str, Any]]:
@@ -170,38 +186,6 @@ def read_attempts(data: bytes, where: str) -> list[dict[str, Any]]:
         previous = hashlib.sha256(line).hexdigest()
         lines.append(attempt)
     return lines
-
-
-def _append(
-    stream: BinaryIO,
-    path: Path,
-    model: str,
-    version: str,
-    failed: Iterable[str],
-    judged: str,
-    day: datetime.date,
-) -> Attempt:
-    stream.seek(0)
-    data = stream.read()
-    before = read_attempts(data, str(path))
-    last = data.splitlines(keepends=True)[-1] if data else None
-    names = sorted(failed)
-    line = canonical_json(
-        {
-            "model": model,
-            "version": version,
-            "verdict": "refused" if names else "passed",
-            "failed": names,
-            "judged": judged,
-            "date": day.isoformat(),
-            "previous": None if last is None else hashlib.sha256(last).hexdigest(),
-        }
-    )
-    stream.write(line)
-    stream.flush()
-    os.fsync(stream.fileno())
-    same = [one for one in before if (one.get("model"), one.get("version")) == (model, version)]
-    return Attempt(len(same) + 1, hashlib.sha256(line).hexdigest())
 
 
 class _Loader(yaml.BaseLoader):

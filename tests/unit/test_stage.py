@@ -199,3 +199,16 @@ def test_atomic_write_replaces_whole_files_only(tmp_path):
     atomic_write(path, b"new")
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_artifact_of_another_stage_is_not_written_over(tmp_path):
+    output = tmp_path / "artifact"
+    with open_stage("first", output, config={}) as stage:
+        stage.path("a.txt").write_text("a")
+    before = (output / "record.json").read_bytes()
+    with (
+        pytest.raises(DataError, match="holds the artifact of first, got second to write"),
+        open_stage("second", output, config={}),
+    ):
+        raise AssertionError
+    assert (output / "record.json").read_bytes() == before
