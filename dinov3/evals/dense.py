@@ -358,10 +358,7 @@ def _maps(
 
 
 def _from_copies(ours: Floats, copies: Sequence[Floats], seed: int) -> Floats:
-    """Drawn figures minus those of the copies, with how far one more copy could lie.
-
-    All are in [0, 1]; see `possible_differences`.
-    """
+    """Drawn figures, all in [0, 1], minus those of the copies, or of one more copy."""
     between: Floats = ours - np.mean(copies, axis=0)
     between[1:] += copy_deviations([float(copy[0]) for copy in copies], len(between) - 1, seed)
     return possible_differences(between)

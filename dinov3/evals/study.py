@@ -166,7 +166,8 @@ def run_study(
         scenes = scenes or find_scenes(pictures, halves, config)
         if halves.usable:
             progress.begin(_SCENES, _extent_of(scenes, len(models)))
-        dense = judge_scenes(candidate, models, scenes, config, device) if scenes else None
+        if scenes is not None:
+            dense = judge_scenes(candidate, models, scenes, config, device)
     if dense is None:
         reason = NEEDS_SHAPES if halves.usable else unlabelled
         lacking |= dict.fromkeys(DENSE_PROTOCOLS, reason)
@@ -183,12 +184,15 @@ def run_study(
         health=_health(features[MODEL].cls[np.searchsorted(places, judged)]),
         per_class=_per_class(results, halves),
         choices=results.choices + _dense_choices(dense),
-        missing=[
-            {"protocol": name, "reason": reason}
-            for name, reason in lacking.items()
-            if name in protocols
-        ],
+        missing=_missing(lacking, protocols),
     )
+
+
+def _missing(lacking: Mapping[str, str], asked: Collection[str]) -> list[dict[str, str]]:
+    """The protocols that were asked for and cannot run, with the reason."""
+    return [
+        {"protocol": name, "reason": reason} for name, reason in lacking.items() if name in asked
+    ]
 
 
 def find_scenes(pictures: Gallery, halves: Halves, config: EvalsConfig) -> ScenePair | None:

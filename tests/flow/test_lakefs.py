@@ -96,7 +96,7 @@ def test_two_builds_at_once_make_one_binary(building, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        ("dial tcp: lookup proxy.golang.org: no such host", 3),
+        ("dial tcp: lookup modules.invalid: no such host", 3),
         ("cmd/lakefs/main.go:1: undefined: x", 1),
     ],
 )

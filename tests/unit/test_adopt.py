@@ -380,9 +380,9 @@ def test_request_that_says_too_little_is_refused(changes, why, published, tmp_pa
 
 
 def test_licence_without_a_rule_is_adopted_with_a_warning(published, tmp_path, capsys):
-    folder = adopt(published, tmp_path, licence="LicenseRef-Mine")
-    assert read_record(folder / "record.json").licences["out"] == ("LicenseRef-Mine",)
-    assert "no rule for LicenseRef-Mine; releases below it" in capsys.readouterr().err
+    folder = adopt(published, tmp_path, licence="Hippocratic-2.1")
+    assert read_record(folder / "record.json").licences["out"] == ("Hippocratic-2.1",)
+    assert "no rule for Hippocratic-2.1; releases below it" in capsys.readouterr().err
 
 
 def test_common_name_of_a_licence_is_written_as_spdx_has_it(published, tmp_path):
