@@ -185,23 +185,23 @@ def test_wrapper_refreshes_only_before_looking_at_the_workspace(tmp_path, argume
 
 
 @pytest.mark.parametrize(
-    ("arguments", "remote"),
+    ("arguments", "asked", "pulled"),
     [
-        (["pull"], ""),
-        (["fetch", "-r", "lake", "data/x"], " lake"),
-        (["pull", "--remote=lake"], " lake"),
-        (["repro", "--pull"], ""),
-        (["push", "-r", "lake"], None),
-        (["pull", "--help"], None),
+        (["pull"], ["", " --made"], " noise"),  # a pull of everything names what was ever made
+        (["pull", "data/x"], [""], ""),
+        (["fetch", "-r", "lake", "data/x"], [" lake"], ""),
+        (["pull", "--remote=lake"], [" lake", " --made"], " noise"),
+        (["repro", "--pull"], [""], ""),
+        (["push", "-r", "lake"], [], ""),
+        (["pull", "--help"], [], ""),
     ],
 )
-def test_wrapper_checks_listings_before_anything_is_pulled(tmp_path, arguments, remote):
+def test_wrapper_checks_listings_before_anything_is_pulled(tmp_path, arguments, asked, pulled):
     wrapper = make_checkout(tmp_path)
     done = subprocess.run([wrapper, *arguments], capture_output=True, text=True)
     checked = [line for line in done.stderr.splitlines() if "listings" in line]
-    expected = f".venv-dvc {tmp_path}/tools/listings.py{remote}"
-    assert checked == ([] if remote is None else [expected])
-    assert done.stderr.splitlines()[-1] == f".venv-dvc -m dvc {' '.join(arguments)}"
+    assert checked == [f".venv-dvc {tmp_path}/tools/listings.py{words}" for words in asked]
+    assert done.stderr.splitlines()[-1] == f".venv-dvc -m dvc {' '.join(arguments)}{pulled}"
 
 
 def test_wrapper_stops_with_the_exit_code_of_a_failed_refresh(tmp_path):

@@ -35,9 +35,7 @@ def chain(flawless, tmp_path):
 
 def judge(chain, key="vits", overrides=()):
     policy = resolved_policy(load_recipe("smoke_cpu", overrides, phase="release"))
-    evidence = gather(
-        chain.model(key), chain.report(key), chain.root, licence=policy["licence"], texts=None
-    )
+    evidence = gather(chain.model(key), chain.report(key), chain.root, licence=policy["licence"])
     return {one.name: one for one in judge_all(evidence, read_policy(policy))}
 
 
@@ -295,7 +293,7 @@ def test_licence_without_its_text_fails_until_a_folder_has_it(tmp_path):
     ends = (chain.model(), chain.report(), chain.root)
 
     def licences(texts):
-        evidence = gather(*ends, licence=policy["licence"], texts=texts)
+        evidence = gather(*ends, licence=policy["licence"], texts=(texts,))
         return judge_all(evidence, read_policy(policy))[-1]
 
     assert licences(None).reason == "CC-BY-4.0: no text of this licence"
