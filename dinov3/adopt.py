@@ -28,10 +28,11 @@ from dinov3.errors import CheckpointError, ConfigError, DinoError
 from dinov3.models.backbone import Backbone, BackboneConfig, backbone_config, backbone_of
 from dinov3.models.convnext import ConvNeXtConfig
 from dinov3.models.vit import ViTConfig
+from dinov3.release.atomic import atomic_write
 from dinov3.release.licences import normal_form, unknown_in
-from dinov3.release.record import RecordError, canonical_json, file_sha256, parse_json
+from dinov3.release.record import RecordError, canonical_json, file_sha256, parse_object
 from dinov3.release.spdx import LicenceError
-from dinov3.stage import TRAINING_DATA, UNKNOWN, atomic_write, open_stage
+from dinov3.stage import TRAINING_DATA, UNKNOWN, open_stage
 from dinov3.weight_files import fill, read_tensors
 
 STAGE = "outside_weights"
@@ -240,14 +241,10 @@ def _fields(config: BackboneConfig) -> dict[str, Any]:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        content = parse_json(path.read_bytes())
+        return parse_object(path.read_bytes())
     except (OSError, RecordError) as error:
         msg = f"{path}: not readable, got {error}. Fetch or save it again."
         raise CheckpointError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{path}: not an object, got a {type(content).__name__}. Fetch or save it again."
-        raise CheckpointError(msg)
-    return content
 
 
 def _origin(text: str) -> str:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dinov3.checkpoint import load_tensors, save_tensors
 from dinov3.errors import CheckpointError, ConfigError
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import RECORD_NAME, canonical_json, read_record
-from dinov3.stage import Stage, atomic_write
+from dinov3.stage import Stage
 from dinov3.state import read_facts, read_tensors
 
 _CONFIG = "config.json"

@@ -34,7 +34,7 @@ from dinov3.release.policy import (
     judge_manifest,
 )
 from dinov3.release.policy_terms import NO_WEIGHTS
-from dinov3.release.record import RUN_NAME, Record, RecordError, parse_json
+from dinov3.release.record import RUN_NAME, Record, RecordError, parse_object
 from dinov3.release.record_rules import (
     HEALTH_NAME,
     datasets_of,
@@ -296,14 +296,13 @@ def _read(node: Node, name: str) -> dict[str, Any]:
     """
     try:
         path = locate(node.folder, name)
-        value = None if path is None else parse_json(path.read_bytes())
+        if path is None:
+            msg = "not there"
+            raise RecordError(msg)
+        return parse_object(path.read_bytes())
     except (OSError, RecordError) as error:
         msg = f"{node.record.stage}: {name}: {error}"
         raise PolicyError(msg) from error
-    if not isinstance(value, dict):
-        msg = f"{node.record.stage}: {name}: not there, or no object"
-        raise PolicyError(msg)
-    return value
 
 
 def _read_recorded(node: Node, name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import psutil
 
 from dinov3.errors import Interrupted, RankLost
 from dinov3.launch import tie_to
-from dinov3.stage import atomic_write
+from dinov3.release.atomic import atomic_write
 
 _REPORTS = "DINOV3_RANK_REPORTS"  # folder in which ranks and launcher say how they ended
 _LAUNCHER = "DINOV3_RANK_LAUNCHER"  # its process

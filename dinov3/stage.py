@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.errors import DataError, LineageBroken
+from dinov3.release.atomic import atomic_write
 from dinov3.release.policy_terms import NO_WEIGHTS
 from dinov3.release.record import (
     RECORD_NAME,
@@ -42,19 +43,6 @@ EVENTS_NAME = "events.jsonl"
 BOARD_NAME = "tensorboard"
 TRAINING_DATA, UNKNOWN = "training_data", "unknown"  # a fact that everything below inherits
 _BESIDE_RECORD = {EVENTS_NAME, BOARD_NAME}  # they hold times, which the inputs do not determine
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Writes a file whole: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Stage:

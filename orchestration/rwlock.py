@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from dinov3.stage import atomic_write
+from dinov3.release.atomic import atomic_write
 
 
 def remove_stale_locks(root: Path) -> None:

@@ -14,8 +14,9 @@ import polars as pl
 from dinov3.config import CaptionsConfig, dump
 from dinov3.data.sources.entries import clean_text
 from dinov3.errors import DataError, LineageBroken
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import RECORD_NAME, canonical_json, file_sha256
-from dinov3.stage import Stage, atomic_write, open_stage
+from dinov3.stage import Stage, open_stage
 
 PAIRS_NAME = "pairs.parquet"
 SUMMARY_NAME = "summary.json"

@@ -21,6 +21,7 @@ from dinov3.curation.kmeans import Clusters, hierarchical_kmeans
 from dinov3.curation.neighbours import Floats, Ints
 from dinov3.curation.sampling import balanced_sample
 from dinov3.errors import ConfigError, DataError, LineageBroken
+from dinov3.release.atomic import atomic_write
 from dinov3.release.images import (
     ROLE_CLUSTERED,
     ROLE_EVALUATED,
@@ -28,7 +29,7 @@ from dinov3.release.images import (
     write_images,
 )
 from dinov3.release.record import RECORD_NAME, canonical_json, read_record
-from dinov3.stage import Stage, atomic_write, open_stage
+from dinov3.stage import Stage, open_stage
 
 # N rows of the table, M of the pool that is clustered, D width
 

@@ -24,8 +24,9 @@ from dinov3.curation.quality import judge, require_passed
 from dinov3.data.sources import Entry, open_source, require_images
 from dinov3.data.sources.fingerprint import Fingerprint
 from dinov3.errors import DataError
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import RECORD_NAME, RUN_NAME, canonical_json, parse_json
-from dinov3.stage import Stage, atomic_write, open_stage
+from dinov3.stage import Stage, open_stage
 
 MANIFEST = "manifest.parquet"
 UNREADABLE = "unreadable.parquet"

@@ -38,8 +38,9 @@ from dinov3.evals.dense import (
 )
 from dinov3.evals.features import Preparation
 from dinov3.evals.segmentation import Floats, interval_of, mean_ious, scene_draws
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import RECORD_NAME, RecordError, canonical_json, read_record
-from dinov3.stage import Stage, atomic_write, open_stage
+from dinov3.stage import Stage, open_stage
 
 CHOICE_NAME = "choice.json"
 

@@ -18,7 +18,7 @@ from dinov3.errors import CheckpointError, ConfigError, LineageBroken
 from dinov3.evals.aligned import AlignedModel
 from dinov3.evals.candidate import BACKBONE_NAME, CONFIG_NAME
 from dinov3.models.dinotxt import DinoTxt, DinoTxtConfig
-from dinov3.release.record import RECORD_NAME, RecordError, file_sha256, parse_json, read_record
+from dinov3.release.record import RECORD_NAME, RecordError, file_sha256, parse_object, read_record
 from dinov3.release.tensors import tensor_digest
 
 WEIGHTS_NAME = "dinotxt.safetensors"
@@ -103,14 +103,10 @@ def identity(folder: Path, backbone: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(path.read_bytes())
+        return parse_object(path.read_bytes())
     except (OSError, RecordError) as error:
-        msg = f"{path}: not readable, got {error!r}. Give the folder of a dino.txt."
+        msg = f"{path}: not readable, got {str(error)!r}. Give the folder of a dino.txt."
         raise CheckpointError(msg) from error
-    if not isinstance(value, dict):
-        msg = f"{path}: not a config, got {value!r:.60}. Give the folder of a dino.txt."
-        raise CheckpointError(msg)
-    return value
 
 
 def _fill(model: torch.nn.Module, path: Path) -> None:

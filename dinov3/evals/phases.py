@@ -39,8 +39,9 @@ from dinov3.evals.report import (
     rounded,
 )
 from dinov3.evals.study import Gallery, Scope, Study, find_scenes, run_study
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import RECORD_NAME, canonical_json, file_sha256, read_record
-from dinov3.stage import Stage, atomic_write, code_digest, open_stage
+from dinov3.stage import Stage, code_digest, open_stage
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _INIT_ROLE = "init"  # of the edge from a training run to the weights it began from

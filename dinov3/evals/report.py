@@ -31,8 +31,9 @@ from dinov3.evals.phase_findings import PHASES_SCHEMA, phases_table
 from dinov3.evals.pictures import neighbour_rows, patch_pictures, scene_picture
 from dinov3.evals.protocols import KNN, TOP_1
 from dinov3.evals.study import Gallery, SceneStudy, Study, headline_k, run_study
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json, file_sha256
-from dinov3.stage import EVENTS_NAME, Stage, atomic_write, code_digest, open_stage
+from dinov3.stage import EVENTS_NAME, Stage, code_digest, open_stage
 
 SCHEMA = "dinov3.report/1"
 REPORT_NAME = "report.json"

@@ -22,8 +22,9 @@ from dinov3.evals.study import Gallery
 from dinov3.evals.text_page import TextPieces, render_text_page
 from dinov3.evals.text_pictures import picture_queries, scene_rows, text_queries
 from dinov3.evals.text_study import TextEvaluation, TextStudy
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json, file_sha256
-from dinov3.stage import Stage, atomic_write, code_digest, open_stage
+from dinov3.stage import Stage, code_digest, open_stage
 
 TEXT_SCHEMA = "dinov3.text_report/1"
 

@@ -12,6 +12,7 @@ from dinov3.publish.card import render_card
 from dinov3.publish.draft import Draft, find_text
 from dinov3.publish.provenance import statement
 from dinov3.publish.store import copy_stream
+from dinov3.release.atomic import atomic_write
 from dinov3.release.checks import Node
 from dinov3.release.contents import (
     BOM_NAME,
@@ -35,7 +36,7 @@ from dinov3.release.record import (
     file_sha256,
     parse_json,
 )
-from dinov3.stage import EVENTS_NAME, atomic_write
+from dinov3.stage import EVENTS_NAME
 
 
 def write_contents(folder: Path, draft: Draft) -> None:

@@ -13,7 +13,7 @@ from dinov3.errors import StoreError
 from dinov3.publish.copying import link_new
 from dinov3.publish.entry import Release, check_name
 from dinov3.release.files import read_file
-from dinov3.release.record import RecordError, canonical_json, parse_json
+from dinov3.release.record import RecordError, canonical_json, parse_object
 from dinov3.release.refusals import CannotCheck, Refused
 from dinov3.release.render import visible
 
@@ -103,14 +103,10 @@ def read_object(path: Path, data: bytes) -> dict[str, Any]:
         StoreError: It is none.
     """
     try:
-        found = parse_json(data)
+        return parse_object(data)
     except RecordError as error:
         msg = f"{path}: cannot be read: {visible(str(error))}. {RESTORE}"
         raise StoreError(msg) from error
-    if not isinstance(found, dict):
-        msg = f"{path}: not an object. {RESTORE}"
-        raise StoreError(msg)
-    return found
 
 
 def _read_line(path: Path, data: bytes, previous: str | None) -> Line:

@@ -36,8 +36,9 @@ from dinov3.publish.history import SCHEMA, draw_history, history_of, read_report
 from dinov3.publish.reevaluation_page import render_reevaluation
 from dinov3.publish.store import Entry, open_store, split_name
 from dinov3.publish.verified import verified_signer
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json, parse_json, read_record
-from dinov3.stage import atomic_write, code_digest
+from dinov3.stage import code_digest
 
 WEIGHTS_NAME = "model.safetensors"
 

@@ -12,8 +12,8 @@ from dinov3.errors import ConfigError, DataError
 from dinov3.launch import start, stop
 from dinov3.publish.pipeline_commands import Command, read_commands
 from dinov3.publish.recorded_code import default_runs, environment_of, find_code
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import RECORD_NAME, Record, canonical_json, parse_json, read_record
-from dinov3.stage import atomic_write
 
 SOURCE = "source"  # role of the pictures in the record of their table
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from dinov3.release.atomic import atomic_write_parts
 from dinov3.release.opening import open_regular
 from dinov3.release.record import RecordError, canonical_json, parse_canonical
 from dinov3.release.refusals import Refused
@@ -72,25 +73,13 @@ def write_images(
     }
     _check_header(header, path.name)
     raw = canonical_json(header)
-    _write_whole(path, [_MAGIC, struct.pack("<I", len(raw)), raw, *sorted_rows])
+    atomic_write_parts(path, [_MAGIC, struct.pack("<I", len(raw)), raw, *sorted_rows])
 
 
 def _sorted_rows(bucket: bytearray) -> bytes:
     rows = {bytes(bucket[at : at + _ROW]) for at in range(0, len(bucket), _ROW)}
     bucket.clear()
     return b"".join(sorted(rows))
-
-
-def _write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.writelines(parts)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,19 @@ def parse_json(data: bytes, *, max_bytes: int = MAX_DOCUMENT) -> Any:
     return value
 
 
+def parse_object(data: bytes, *, max_bytes: int = MAX_DOCUMENT) -> dict[str, Any]:
+    """Reads such JSON whose value is an object.
+
+    Raises:
+        RecordError: The bytes are not such JSON, or the value is another.
+    """
+    value = parse_json(data, max_bytes=max_bytes)
+    if not isinstance(value, dict):
+        msg = f"not a JSON object but a {type(value).__name__}"
+        raise RecordError(msg)
+    return value
+
+
 def parse_canonical(data: bytes, *, max_bytes: int = MAX_DOCUMENT) -> Any:
     """Reads JSON whose bytes are the only ones that `canonical_json` gives for its value.
 

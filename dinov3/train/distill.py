@@ -16,8 +16,9 @@ from dinov3.config import DistillConfig, HeadConfig, HeadsConfig, dump
 from dinov3.data.loader import ImageSet
 from dinov3.errors import CheckpointError, ConfigError
 from dinov3.models.convnext import ConvNeXtConfig
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json, file_sha256
-from dinov3.stage import Stage, atomic_write
+from dinov3.stage import Stage
 from dinov3.train.build import build_network
 from dinov3.train.distillation import DistillationPhase
 from dinov3.train.frame import (

@@ -26,8 +26,9 @@ from dinov3.data.sources.images import SourceImages
 from dinov3.device import choose_device
 from dinov3.distributed import from_first_rank, join_world, rank, world_size
 from dinov3.errors import CheckpointError, DataError, TrainingDiverged
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import RECORD_NAME, canonical_json, digest_of
-from dinov3.stage import BOARD_NAME, EVENTS_NAME, Stage, atomic_write, open_stage
+from dinov3.stage import BOARD_NAME, EVENTS_NAME, Stage, open_stage
 from dinov3.state import latest_state, read_tensors, state_path
 from dinov3.train.ancestor import add_ancestor, is_finished, kept_record
 from dinov3.train.replay import JOB_NAME

@@ -14,8 +14,9 @@ import torch
 from dinov3.config import TrainConfig, dump
 from dinov3.data.loader import ImageSet
 from dinov3.errors import ConfigError
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json
-from dinov3.stage import Stage, atomic_write
+from dinov3.stage import Stage
 from dinov3.train.build import needs_gram_backbone
 from dinov3.train.frame import (
     CONFIG_NAME,

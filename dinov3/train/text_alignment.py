@@ -20,8 +20,9 @@ from dinov3.data.loader import ImageSet
 from dinov3.data.sources import open_source
 from dinov3.data.sources.images import SourceImages
 from dinov3.errors import ConfigError, DataError
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json, parse_json
-from dinov3.stage import Stage, atomic_write
+from dinov3.stage import Stage
 from dinov3.state import read_tensors
 from dinov3.train.alignment_phase import AlignmentPhase
 from dinov3.train.frame import BACKBONE_NAME, CONFIG_NAME, TrainingStage, run_training

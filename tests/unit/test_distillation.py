@@ -14,8 +14,9 @@ from dinov3.data.loader import TrainingLoader
 from dinov3.errors import CheckpointError, ConfigError, TrainingDiverged
 from dinov3.losses.sinkhorn import sinkhorn_knopp
 from dinov3.recipe import load_recipe
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json
-from dinov3.stage import Stage, atomic_write, open_stage
+from dinov3.stage import Stage, open_stage
 from dinov3.state import load_state
 from dinov3.train.build import build_pair
 from dinov3.train.distill import build_distillation, check_grids

@@ -18,8 +18,9 @@ from dinov3.distributed import join_world
 from dinov3.errors import CheckpointError, TrainingDiverged
 from dinov3.models.backbone import build_backbone
 from dinov3.recipe import load_recipe
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json, file_sha256
-from dinov3.stage import atomic_write, open_stage
+from dinov3.stage import open_stage
 from dinov3.state import StateWriter
 from dinov3.train.build import build_pair
 from dinov3.train.distill import distill_students

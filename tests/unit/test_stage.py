@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from dinov3.errors import DataError, LineageBroken
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import file_sha256, read_record
-from dinov3.stage import atomic_write, open_stage
+from dinov3.stage import open_stage
 
 
 def make_upstream(root):

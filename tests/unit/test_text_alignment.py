@@ -22,8 +22,9 @@ from dinov3.errors import ConfigError, DataError, Interrupted, LineageBroken
 from dinov3.evals.dinotxt import open_dinotxt
 from dinov3.models.backbone import build_backbone
 from dinov3.recipe import load_recipe
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json, file_sha256, read_record
-from dinov3.stage import Stage, atomic_write, open_stage
+from dinov3.stage import Stage, open_stage
 from dinov3.train.alignment_phase import AlignmentPhase, compared_patches
 from dinov3.train.text_alignment import AlignmentInputs, align_text, build_alignment
 from dinov3.train.trainer import Course, Trainer

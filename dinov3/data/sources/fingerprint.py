@@ -22,8 +22,8 @@ from dinov3.data.sources import Entry, ImageSource, open_source, require_images
 from dinov3.data.sources.entries import StoredEntry
 from dinov3.data.sources.paths import reason_of
 from dinov3.errors import ConfigError, DataError
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json, digest_of, file_sha256
-from dinov3.stage import atomic_write
 
 RELATIVE_PATH = Path("data/raw_images/fingerprint.json")
 RELATIVE_CACHE = Path(".cache/fingerprint.sqlite")

@@ -14,8 +14,8 @@ import yaml
 
 from dinov3.data.sources.fingerprint import RELATIVE_PATH, refresh_from_params
 from dinov3.errors import ConfigError, DataError, DinoError, StoreError
+from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json
-from dinov3.stage import atomic_write
 
 _SOURCE_LINE = re.compile(r'(?m)^source: (?:"[^"]*"|\S+)')
 
