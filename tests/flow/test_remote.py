@@ -1,6 +1,7 @@
 """dvc's remotes: set by tools/remote, always verified; a clone elsewhere restores everything."""
 
 import configparser
+import hashlib
 import json
 import os
 import shutil
@@ -350,6 +351,37 @@ def test_image_edited_in_place_is_caught_by_the_stage_that_reads_it(imaged, tmp_
         picture.write_bytes(before)
     assert "line/002.png: its bytes differ from the image table" in said
     assert "failed to reproduce 'image_embeddings'" in said
+
+
+RUNS = """
+stages:
+  other: {cmd: cp given data/other, deps: [given], outs: [data/other]}
+  release: {cmd: cp given data/release, deps: [given], outs: [data/release]}
+"""
+
+
+@pytest.mark.parametrize(("stage", "made"), [("other", "planted"), ("release", "genuine")])
+def test_planted_run_never_becomes_a_release(tmp_path, stage, made):
+    root = tmp_path / "project"
+    (root / "data").mkdir(parents=True)
+    (root / "dvc.yaml").write_text(RUNS)
+    (root / "given").write_text("genuine")
+    equip(root)
+    (root / ".venv").symlink_to(CHECKOUT / ".venv")
+    shutil.copy2(CHECKOUT / "tools" / "dvc", root / "tools" / "dvc")
+    subprocess.run([DVC, "init", "--no-scm", "--quiet"], cwd=root, check=True)
+    repro = [root / "tools" / "dvc", "repro", "--single-item", stage]
+    subprocess.run(repro, cwd=root, env=environment(), check=True, capture_output=True)
+    (run,) = [path for path in (root / ".dvc/cache/runs").rglob("*") if path.is_file()]
+    genuine, planted = (hashlib.md5(text).hexdigest() for text in (b"genuine", b"planted"))
+    before, outs, after = run.read_text().partition("outs:")
+    run.write_text(before + outs + after.replace(genuine, planted))
+    (root / ".dvc/cache/files/md5" / planted[:2]).mkdir()
+    (root / ".dvc/cache/files/md5" / planted[:2] / planted[2:]).write_bytes(b"planted")
+    (root / "dvc.lock").unlink()
+    (root / "data" / stage).unlink()
+    subprocess.run(repro, cwd=root, env=environment(), check=True, capture_output=True)
+    assert (root / "data" / stage).read_text() == made
 
 
 @pytest.fixture(scope="module")
