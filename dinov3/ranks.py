@@ -130,13 +130,15 @@ def _explain(folder: Path, *, stopped: bool) -> tuple[int, str]:
     for report in reports:
         if report["code"] not in (2, RankLost.exit_code):
             return report["code"], report["message"]
+    # a rank that lost another one speaks too: what it says comes last
+    reports.sort(key=lambda report: (report["code"] == RankLost.exit_code, report["time"]))
     if stopped:
+        if reports and reports[0]["code"] != RankLost.exit_code:
+            return reports[0]["code"], reports[0]["message"]  # what it was asked to save is lost
         return Interrupted.exit_code, f"interrupted. {_GO_ON}"
     if found := _silent_end(silent):
         return 2, found
     if reports:
-        # a rank that lost another one speaks too: what it says comes last
-        reports.sort(key=lambda report: (report["code"] == RankLost.exit_code, report["time"]))
         return 2, reports[0]["message"]
     return 2, f"the ranks ended without a word, perhaps killed. {_GO_ON}"
 

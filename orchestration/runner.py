@@ -141,15 +141,8 @@ def stage_asset(
     @dg.multi_asset(
         name=key,
         specs=[
-            dg.AssetSpec(
-                artifact.key,
-                deps=[*stage.upstream, *stage.roots],
-                group_name=group,
-                kinds=kinds,
-                description=description,
-                code_version=code_version(graph, stage),
-                metadata={"command": stage.command, "outputs": "\n".join(artifact.outs)},
-                skippable=True,  # a failed stage makes nothing
+            _spec(graph, stage, artifact).replace_attributes(
+                group_name=group, kinds=kinds, description=description
             )
             for artifact in stage.artifacts
         ],
@@ -163,19 +156,38 @@ def stage_asset(
         outcome = runner.repro(stage, graph.root, context.log.info)
         if outcome.is_busy:
             raise dg.RetryRequested(runner.max_retries, runner.retry_seconds)
-        judged = {
-            artifact.key: _judge(graph.root, artifact, judges, outcome)
-            for artifact in stage.artifacts
-        }
-        if outcome.code:
-            yield from (result for results in judged.values() for result in results)
-            raise _failure(stage, outcome)
-        lock = read_lock(graph.root)
-        yield from root_events(context.instance, graph, stage.roots, lock)
-        for artifact in stage.artifacts:
-            yield _result(graph, stage, artifact, lock, outcome, judged[artifact.key])
+        yield from _report(context.instance, graph, stage, judges, outcome)
 
     return materialize
+
+
+def _spec(graph: Pipeline, stage: PipelineStage, artifact: Artifact) -> dg.AssetSpec:
+    """What `dvc.yaml` and the code say of an artifact."""
+    return dg.AssetSpec(
+        artifact.key,
+        deps=[*stage.upstream, *stage.roots],
+        code_version=code_version(graph, stage),
+        metadata={"command": stage.command, "outputs": "\n".join(artifact.outs)},
+        skippable=True,  # a failed stage makes nothing
+    )
+
+
+def _report(
+    instance: dg.DagsterInstance,
+    graph: Pipeline,
+    stage: PipelineStage,
+    checks: Mapping[str, Check],
+    outcome: Outcome,
+) -> Iterator[Any]:
+    """What Dagster is told after dvc ended; a failure shows the verdicts and makes nothing."""
+    judged = {one.key: _judge(graph.root, one, checks, outcome) for one in stage.artifacts}
+    if outcome.code:
+        yield from (result for results in judged.values() for result in results)
+        raise _failure(stage, outcome)
+    lock = read_lock(graph.root)
+    yield from root_events(instance, graph, stage.roots, lock)
+    for artifact in stage.artifacts:
+        yield _result(graph, stage, artifact, lock, outcome, judged[artifact.key])
 
 
 def _judge(

@@ -187,6 +187,23 @@ def _stage(
         raise ConfigError(msg)
     command = body["cmd"] if isinstance(body["cmd"], str) else "\n".join(body["cmd"])
     deps = _paths(body, "deps")
+    upstream, roots, code = _kinds_of(deps, name, makers)
+    return PipelineStage(
+        name=name,
+        key=_key(name),
+        command=command,
+        deps=deps,
+        artifacts=artifacts,
+        upstream=tuple(dict.fromkeys(upstream)),
+        roots=tuple(dict.fromkeys(roots)),
+        code=tuple(code),
+    )
+
+
+def _kinds_of(
+    deps: Iterable[str], name: str, makers: Mapping[str, str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Artifacts and sources by their keys, which may repeat, and the files that are neither."""
     upstream, roots, code = [], [], []
     for dep in deps:
         made_by = [maker for out, maker in makers.items() if _overlap(dep, out)]
@@ -199,16 +216,7 @@ def _stage(
             roots.append(PurePosixPath(dep).parts[1])
         elif not made_by:
             code.append(dep)
-    return PipelineStage(
-        name=name,
-        key=_key(name),
-        command=command,
-        deps=deps,
-        artifacts=artifacts,
-        upstream=tuple(dict.fromkeys(upstream)),
-        roots=tuple(dict.fromkeys(roots)),
-        code=tuple(code),
-    )
+    return upstream, roots, code
 
 
 def _overlap(one: str, other: str) -> bool:

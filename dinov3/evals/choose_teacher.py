@@ -24,7 +24,7 @@ from dinov3.config import GramTeacherConfig, dump
 from dinov3.device import choose_device
 from dinov3.errors import CheckpointError, DataError, LineageBroken
 from dinov3.evals.candidate import BACKBONE_NAME, CONFIG_NAME, Candidate, open_candidate
-from dinov3.evals.collection import COLUMNS, Pictures, labelled_halves
+from dinov3.evals.collection import COLUMNS, Pictures, labelled_halves, read_columns
 from dinov3.evals.composites import digest_half
 from dinov3.evals.dense import (
     DENSE_PROTOCOLS,
@@ -190,13 +190,7 @@ def _judge(
 
 
 def _training_rows(manifest: Path) -> pl.DataFrame:
-    table = pl.read_parquet(manifest)
-    if missing := [name for name in COLUMNS if name not in table.columns]:
-        msg = (
-            f"{manifest}: not an image table, got no column {', '.join(missing)}. Give the "
-            f"manifest.parquet of image_manifest."
-        )
-        raise DataError(msg)
+    table = read_columns(manifest, COLUMNS, "an image table")
     return table.filter(pl.col("split") != "test")
 
 

@@ -9,6 +9,7 @@ a table with one row per image: path, sha256, pixel_sha256, label, split.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from dinov3.data.sources.images import SourceImages
 from dinov3.errors import DataError
 
 COLUMNS = ("path", "sha256", "pixel_sha256", "label", "split")
+KEPT_COLUMNS = ("path", "sha256", "kept")  # of a curated dataset
 Places = npt.NDArray[np.int64]  # rows of the table
 
 
@@ -43,6 +45,29 @@ class Halves:
     def usable(self) -> bool:
         """Whether label-dependent protocols make sense."""
         return len(np.unique(self.train_labels)) > 1 and len(self.test) > 0
+
+
+def read_columns(path: Path, columns: Sequence[str], kind: str) -> pl.DataFrame:
+    """These columns of a table.
+
+    Args:
+        path: A parquet file.
+        columns: By name.
+        kind: What the table should be, for messages.
+
+    Raises:
+        DataError: It is no parquet, or a column is missing.
+    """
+    try:
+        present = pl.read_parquet_schema(path)
+        missing = [name for name in columns if name not in present]
+        if missing:
+            msg = f"{path}: not {kind}, got no column {', '.join(missing)}. Give the right file."
+            raise DataError(msg)
+        return pl.read_parquet(path, columns=list(columns))
+    except pl.exceptions.PolarsError as error:
+        msg = f"{path}: not a table of parquet, got {str(error)!r}. Make it anew."
+        raise DataError(msg) from error
 
 
 def labelled_halves(

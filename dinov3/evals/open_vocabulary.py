@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from dinov3.evals.aligned import AlignedModel, Embeddings, Transform, picture_batches
 from dinov3.evals.composites import BACKGROUND, IGNORED, Scenes
 from dinov3.evals.metrics import Floats
+from dinov3.evals.progress import watched
 from dinov3.evals.segmentation import Counts, Masks, confusion
 from dinov3.evals.zeroshot import class_embeddings
 
@@ -85,7 +86,8 @@ def segment_scenes(
     names = torch.from_numpy(classes).to(device)
     height, width = scenes.masks.shape[1:]
     every, objects = [], []
-    for batch in picture_batches(scenes.images(), transform, batch_size):
+    shown = watched(scenes.images(), len(scenes), "scenes")
+    for batch in picture_batches(shown, transform, batch_size):
         maps = class_maps(aligned, batch.to(device), names, window)  # [B, K, H', W']
         maps = F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
         every.append(maps.argmax(dim=1).to(torch.uint8).cpu().numpy())

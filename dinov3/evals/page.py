@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from dinov3.evals.baselines import MODEL, RANDOM_INIT, RAW_PIXELS, SUBJECTS
 from dinov3.evals.curves import HEIGHT, WIDTH, Curve
-from dinov3.evals.dense import MIOU, PRECISION
+from dinov3.evals.dense_findings import MIOU, PRECISION
 from dinov3.evals.pictures import NeighbourRow, PatchPicture, ScenePicture
 from dinov3.evals.protocols import KNN, MAP, RETRIEVAL, TOP_1
 from dinov3.evals.study import headline_k

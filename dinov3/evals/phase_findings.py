@@ -17,13 +17,8 @@ import numpy.typing as npt
 from dinov3.config import EvalsConfig
 from dinov3.evals.baselines import MAJORITY, MODEL, RANDOM_INIT
 from dinov3.evals.candidate import Candidate
-from dinov3.evals.dense import (
-    FOREGROUND,
-    MIOU,
-    PRECISION,
-    SEGMENTATION,
-    dense_differences,
-)
+from dinov3.evals.dense import FOREGROUND, SEGMENTATION
+from dinov3.evals.dense_findings import MIOU, PRECISION, dense_differences
 from dinov3.evals.knn import nearest
 from dinov3.evals.metrics import Floats, Interval, bootstrap_interval, difference_from_copies
 from dinov3.evals.protocols import (

@@ -8,10 +8,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dinov3.evals.baselines import MAJORITY, MODEL
-from dinov3.evals.dense import palette
+from dinov3.evals.dense_pictures import legend
 from dinov3.evals.phase_findings import comparisons, headline_measures, measure_of
 from dinov3.evals.phase_pictures import Exhibit
-from dinov3.evals.template import HEAD, PROVENANCE, STYLE
+from dinov3.evals.template import HEAD, MISSING, PROVENANCE, STYLE
 from dinov3.release.record import Edge
 
 Row = Mapping[str, Any]
@@ -33,7 +33,6 @@ def render_phases(report: Mapping[str, Any], pieces: PhasePieces) -> bytes:
         report: The content of `report.json`.
         pieces: Pictures and inputs.
     """
-    colours = palette(len(pieces.classes))[1 : len(pieces.classes) + 1].tolist()
     measures = list(headline_measures(report))
     shown = {measure for _, measure in measures}
     others = dict.fromkeys(measure_of(row) for row in report["rows"])
@@ -47,10 +46,7 @@ def render_phases(report: Mapping[str, Any], pieces: PhasePieces) -> bytes:
         main=_lines(report, measures),
         more=_lines(report, [(_title(one), one) for one in others if one not in shown]),
         pieces=pieces,
-        legend=[
-            (name, f"rgb{tuple(colour)}")
-            for name, colour in zip(pieces.classes, colours, strict=True)
-        ],
+        legend=legend(pieces.classes),
     )
     return text.encode("utf-8")
 
@@ -185,13 +181,9 @@ includes how far one more untrained copy could lie.</p>
 </section>
 {%- endif %}
 
-{% if report.missing -%}
-<section id="missing">
-<h2>Not judged</h2>
-<ul>{% for item in report.missing %}<li>{{ item.protocol }}: {{ item.reason }}</li>{% endfor %}</ul>
-</section>
-{%- endif %}
-
+"""
+    + MISSING
+    + """
 {% if pieces.exhibits -%}
 <section id="exhibits">
 <h2>Patch features</h2>

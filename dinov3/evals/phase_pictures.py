@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from dinov3.config import EvalsConfig
 from dinov3.evals.baselines import MODEL
 from dinov3.evals.composites import BACKGROUND, IGNORED, Scenes
-from dinov3.evals.dense import palette
+from dinov3.evals.dense_pictures import palette
 from dinov3.evals.features import extract
 from dinov3.evals.metrics import unit_rows
 from dinov3.evals.phase_findings import Phase

@@ -17,7 +17,7 @@ from dinov3.data.decode import composite
 from dinov3.evals.baselines import MODEL
 from dinov3.evals.candidate import Candidate
 from dinov3.evals.collection import Places
-from dinov3.evals.dense import palette, scene_strips
+from dinov3.evals.dense_pictures import legend, scene_strips
 from dinov3.evals.features import extract
 from dinov3.evals.knn import nearest
 from dinov3.evals.study import Gallery, SceneStudy, Study, preparation
@@ -154,13 +154,8 @@ def patch_pictures(
 def scene_picture(dense: SceneStudy) -> ScenePicture:
     """The first test scenes, their masks and what every subject made of them."""
     strips = scene_strips(dense.found, dense.scenes, _NUM_SCENES)
-    classes = dense.scenes.test.classes
-    colours = palette(len(classes))[1 : len(classes) + 1].tolist()
-    names = tuple(
-        (name, f"rgb{tuple(colour)}") for name, colour in zip(classes, colours, strict=True)
-    )
     uri = data_uri(Image.fromarray(strips), lossless=strips.shape[1] <= _LOSSLESS)
-    return ScenePicture(uri, ("scene", "mask", *dense.found), names)
+    return ScenePicture(uri, ("scene", "mask", *dense.found), legend(dense.scenes.test.classes))
 
 
 def pca_colours(patches: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

@@ -6,7 +6,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from dinov3.evals.baselines import MODEL, SUBJECTS
 from dinov3.evals.candidate import BACKBONE_NAME, CONFIG_NAME, Candidate, open_candidate
 from dinov3.evals.collection import (
     COLUMNS,
+    KEPT_COLUMNS,
     Halves,
     Pictures,
     labelled_halves,
+    read_columns,
     require_no_overlap,
 )
 from dinov3.evals.curves import read_curves
-from dinov3.evals.dense import dense_per_class
+from dinov3.evals.dense_findings import dense_per_class
 from dinov3.evals.page import Pieces, render_page
 from dinov3.evals.phase_findings import PHASES_SCHEMA, phases_table
 from dinov3.evals.pictures import neighbour_rows, patch_pictures, scene_picture
@@ -99,7 +101,8 @@ def read_collection(
         LineageBroken: Bytes differ from a record.
     """
     table = read_table(stage.read("manifest", manifest))
-    kept = _kept_rows(_read_curated(stage.read("dataset", dataset)), table, dataset)
+    curated = read_columns(stage.read("dataset", dataset), KEPT_COLUMNS, "a curated dataset")
+    kept = _kept_rows(curated, table, dataset)
     halves = labelled_halves(
         table, exclude_labels=config.exclude_labels, min_per_class=config.min_per_class
     )
@@ -209,24 +212,7 @@ def read_table(path: Path) -> pl.DataFrame:
     Raises:
         DataError: It is no parquet, or a column is missing.
     """
-    return _read_columns(path, COLUMNS, "an image table")
-
-
-def _read_curated(path: Path) -> pl.DataFrame:
-    return _read_columns(path, ("path", "sha256", "kept"), "a curated dataset")
-
-
-def _read_columns(path: Path, columns: Sequence[str], kind: str) -> pl.DataFrame:
-    try:
-        table = pl.read_parquet(path)
-    except pl.exceptions.PolarsError as error:
-        msg = f"{path}: not a table of parquet, got {str(error)!r}. Make it anew."
-        raise DataError(msg) from error
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        msg = f"{path}: not {kind}, got no column {', '.join(missing)}. Give the right file."
-        raise DataError(msg)
-    return table
+    return read_columns(path, COLUMNS, "an image table")
 
 
 def knn_summary(report: Mapping[str, Any]) -> str:

@@ -23,15 +23,13 @@ from dinov3.evals.collection import Halves, Places
 from dinov3.evals.dense import (
     DENSE_PROTOCOLS,
     NEEDS_SHAPES,
-    SEGMENTATION,
     Dense,
     Pool,
     ScenePair,
-    dense_differences,
-    dense_rows,
     judge_subjects,
     scene_pair,
 )
+from dinov3.evals.dense_findings import dense_choices, dense_differences, dense_rows
 from dinov3.evals.features import Backbone, Features, Preparation, extract_all
 from dinov3.evals.labelled import ONE_BY_ONE, judge_one_by_one
 from dinov3.evals.metrics import mean_cosine, participation_ratio, rankme
@@ -137,62 +135,12 @@ def run_study(
         ConfigError: The crop or the scenes do not fit the model.
     """
     candidate.require_divisible(config.crop)
-    test = np.flatnonzero((table["split"] == "test").to_numpy())
-    protocols, baselines = scope.protocols, scope.baselines
-    if baselines is None:
-        baselines = baseline_models(candidate.untrained, config.num_random_inits)
-    models = {MODEL: candidate.backbone, **baselines}
-    places = _places_needed(table, halves, test)
-    prepare = preparation(candidate, config)
-    progress = EvaluationProgress(candidate.name, len(_parts(halves, test, protocols)))
-    progress.begin(_FEATURES, f"{len(models)} models on {len(places)} pictures")
-    images = watched(pictures.load(places), len(places), _FEATURES)
-    features = extract_all(models, images, prepare, config.run.batch_size, device)
-    results = Results()
-    lacking: dict[str, str] = {}  # why protocols cannot run
-    unlabelled = NEEDS_LABELS.format(config.min_per_class)
-    if halves.usable:
-        judge_one_by_one(features, _inside(halves, places), config, results, protocols, progress)
-    else:
-        lacking |= dict.fromkeys(LABELLED_PROTOCOLS, unlabelled)
-    if len(test) < 2:
-        lacking[RETRIEVAL] = NEEDS_HELD_OUT
-    elif RETRIEVAL in protocols:
-        chosen = test[: config.retrieval.num_images]
-        progress.begin(RETRIEVAL, f"{len(models)} models on two views of {len(chosen)} pictures")
-        _retrieve(models, pictures, chosen, prepare, config, device, results)
-    dense = None
-    if not set(DENSE_PROTOCOLS).isdisjoint(protocols):
-        scenes = scenes or find_scenes(pictures, halves, config)
-        if halves.usable:
-            progress.begin(_SCENES, _extent_of(scenes, len(models)))
-        if scenes is not None:
-            dense = judge_scenes(candidate, models, scenes, config, device)
-    if dense is None:
-        reason = NEEDS_SHAPES if halves.usable else unlabelled
-        lacking |= dict.fromkeys(DENSE_PROTOCOLS, reason)
-    judged = test if len(test) > 1 else places
-    return Study(
-        halves=halves,
-        test=test,
-        features=features,
-        places=places,
-        results=results,
-        dense=dense,
-        rows=rows_of(results, config) + _dense_rows(dense, config),
-        differences=differences_of(results, config) + _dense_differences(dense, config),
-        health=_health(features[MODEL].cls[np.searchsorted(places, judged)]),
-        per_class=_per_class(results, halves),
-        choices=results.choices + _dense_choices(dense),
-        missing=_missing(lacking, protocols),
-    )
-
-
-def _missing(lacking: Mapping[str, str], asked: Collection[str]) -> list[dict[str, str]]:
-    """The protocols that were asked for and cannot run, with the reason."""
-    return [
-        {"protocol": name, "reason": reason} for name, reason in lacking.items() if name in asked
-    ]
+    evaluation = _Evaluation(candidate, table, pictures, halves, config, device, scope)
+    features = evaluation.see_pictures()
+    evaluation.judge_labelled(features)
+    evaluation.judge_retrieval()
+    dense = evaluation.judge_scenes(scenes)
+    return evaluation.findings(features, dense)
 
 
 def find_scenes(pictures: Gallery, halves: Halves, config: EvalsConfig) -> ScenePair | None:
@@ -211,41 +159,6 @@ def find_scenes(pictures: Gallery, halves: Halves, config: EvalsConfig) -> Scene
         config.composites,
         config.seed,
     )
-
-
-def judge_scenes(
-    candidate: Candidate,
-    models: Mapping[str, Backbone],
-    scenes: ScenePair,
-    config: EvalsConfig,
-    device: torch.device,
-) -> SceneStudy:
-    """Segmentation of the same scenes by the patches of every subject.
-
-    Args:
-        candidate: The model, which says how scenes are seen.
-        models: By name, see `run_study`.
-        scenes: Of both halves.
-        config: The recipe.
-        device: Where the models are.
-
-    Raises:
-        ConfigError: The scenes do not fit the model.
-    """
-    size = config.composites.size
-    candidate.require_divisible(size, "composites.size")
-    if RAW_PIXELS in models:
-        models = {**models, RAW_PIXELS: RawPatches(candidate.cell, candidate.scale)}
-    found = judge_subjects(
-        models,
-        scenes,
-        scene_view(candidate, config),
-        config.segmentation,
-        batch_size=config.run.batch_size,
-        device=device,
-        seed=config.seed,
-    )
-    return SceneStudy(scenes, found)
 
 
 def scene_view(candidate: Candidate, config: EvalsConfig) -> Preparation:
@@ -274,6 +187,147 @@ def headline_k(rows: Iterable[Mapping[str, Any]]) -> int:
     return max((row["k"] for row in rows if row["protocol"] == KNN), default=0)
 
 
+class _Evaluation:
+    """One model and its baselines before one table; each step adds what it finds."""
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        table: pl.DataFrame,
+        pictures: Gallery,
+        halves: Halves,
+        config: EvalsConfig,
+        device: torch.device,
+        scope: Scope,
+    ) -> None:
+        baselines = scope.baselines
+        if baselines is None:
+            baselines = baseline_models(candidate.untrained, config.num_random_inits)
+        self.models = {MODEL: candidate.backbone, **baselines}
+        self.test = np.flatnonzero((table["split"] == "test").to_numpy())
+        self.places = _places_needed(table, halves, self.test)
+        self.candidate, self.pictures, self.halves = candidate, pictures, halves
+        self.config, self.device, self.protocols = config, device, scope.protocols
+        self.progress = EvaluationProgress(candidate.name, len(self._parts()))
+        self.results = Results()
+        self.lacking: dict[str, str] = {}  # protocol -> why it cannot run
+
+    def see_pictures(self) -> dict[str, Features]:
+        """Features of the rows in `places`, of every model."""
+        num = len(self.places)
+        self.progress.begin(_FEATURES, f"{len(self.models)} models on {num} pictures")
+        return self._extract(watched(self.pictures.load(self.places), num, _FEATURES))
+
+    def judge_labelled(self, features: Mapping[str, Features]) -> None:
+        """The protocols that need labels."""
+        if not self.halves.usable:
+            self._lack(LABELLED_PROTOCOLS, self._unlabelled)
+            return
+        halves = _inside(self.halves, self.places)
+        judge_one_by_one(features, halves, self.config, self.results, self.protocols, self.progress)
+
+    def judge_retrieval(self) -> None:
+        """Retrieval of the second view of held-out pictures by their first."""
+        if len(self.test) < 2:
+            self._lack([RETRIEVAL], NEEDS_HELD_OUT)
+        elif RETRIEVAL in self.protocols:
+            chosen = self.test[: self.config.retrieval.num_images]
+            extent = f"{len(self.models)} models on two views of {len(chosen)} pictures"
+            self.progress.begin(RETRIEVAL, extent)
+            features = self._extract(self._views(chosen))
+            first, second = (np.arange(view, 2 * len(chosen), 2) for view in (0, 1))
+            judge_retrieval(
+                {name: both[first] for name, both in features.items()},
+                {name: both[second] for name, both in features.items()},
+                self.results,
+            )
+
+    def judge_scenes(self, scenes: ScenePair | None) -> SceneStudy | None:
+        """The protocols of patches, on these scenes or on those the pictures make."""
+        dense = None
+        if not set(DENSE_PROTOCOLS).isdisjoint(self.protocols):
+            scenes = scenes or find_scenes(self.pictures, self.halves, self.config)
+            if self.halves.usable:
+                self.progress.begin(_SCENES, _extent_of(scenes, len(self.models)))
+            if scenes is not None:
+                dense = self._segment(scenes)
+        if dense is None:
+            reason = NEEDS_SHAPES if self.halves.usable else self._unlabelled
+            self._lack(DENSE_PROTOCOLS, reason)
+        return dense
+
+    def findings(self, features: Mapping[str, Features], dense: SceneStudy | None) -> Study:
+        """All that was found, in the order of a report."""
+        results, config = self.results, self.config
+        rows, differences = rows_of(results, config), differences_of(results, config)
+        choices = list(results.choices)
+        if dense is not None:
+            num, seed = config.num_bootstrap, config.seed
+            rows += dense_rows(dense.found, dense.scenes, num, seed)
+            differences += dense_differences(dense.found, num, seed)
+            choices += dense_choices(dense.found)
+        judged = self.test if len(self.test) > 1 else self.places
+        return Study(
+            halves=self.halves,
+            test=self.test,
+            features=features,
+            places=self.places,
+            results=results,
+            dense=dense,
+            rows=rows,
+            differences=differences,
+            health=_health(features[MODEL].cls[np.searchsorted(self.places, judged)]),
+            per_class=_per_class(results, self.halves),
+            choices=choices,
+            missing=[{"protocol": name, "reason": reason} for name, reason in self.lacking.items()],
+        )
+
+    def _parts(self) -> list[str]:
+        """What it goes through, so far as that is known before any picture is opened."""
+        usable, protocols = self.halves.usable, self.protocols
+        labelled = [name for name in ONE_BY_ONE if name in protocols] if usable else []
+        retrieval = [RETRIEVAL] if RETRIEVAL in protocols and len(self.test) > 1 else []
+        is_dense = usable and not set(DENSE_PROTOCOLS).isdisjoint(protocols)
+        return [_FEATURES, *labelled, *retrieval, *([_SCENES] if is_dense else [])]
+
+    @property
+    def _unlabelled(self) -> str:
+        return NEEDS_LABELS.format(self.config.min_per_class)
+
+    def _lack(self, protocols: Iterable[str], reason: str) -> None:
+        """Notes why those among them that were asked for cannot run."""
+        self.lacking |= {name: reason for name in protocols if name in self.protocols}
+
+    def _extract(self, images: Iterable[Image.Image]) -> dict[str, Features]:
+        prepare = preparation(self.candidate, self.config)
+        return extract_all(self.models, images, prepare, self.config.run.batch_size, self.device)
+
+    def _segment(self, scenes: ScenePair) -> SceneStudy:
+        """The same scenes by the patches of every subject; raw pixels need patches of their own."""
+        candidate, config, models = self.candidate, self.config, self.models
+        candidate.require_divisible(config.composites.size, "composites.size")
+        if RAW_PIXELS in models:
+            models = {**models, RAW_PIXELS: RawPatches(candidate.cell, candidate.scale)}
+        found = judge_subjects(
+            models,
+            scenes,
+            scene_view(candidate, config),
+            config.segmentation,
+            batch_size=config.run.batch_size,
+            device=self.device,
+            seed=config.seed,
+        )
+        return SceneStudy(scenes, found)
+
+    def _views(self, chosen: Places) -> Iterator[Image.Image]:
+        """Two views of every chosen picture, one after the other."""
+        images = watched(self.pictures.load(chosen), len(chosen), "views")
+        scale, seed = self.config.retrieval.scale, self.config.seed
+        for index, image in enumerate(images):
+            for view in (0, 1):
+                yield random_view(image, scale=scale, seed=seed, index=index, view=view)
+
+
 def _places_needed(table: pl.DataFrame, halves: Halves, test: Places) -> Places:
     needed = np.union1d(np.concatenate([halves.train, halves.test]), test).astype(np.int64)
     return needed if len(needed) else np.arange(table.height)
@@ -285,70 +339,10 @@ def _inside(halves: Halves, places: Places) -> Halves:
     return Halves(halves.classes, train, test, halves.train_labels, halves.test_labels)
 
 
-def _parts(halves: Halves, test: Places, protocols: Collection[str]) -> list[str]:
-    """What an evaluation goes through, so far as that is known before any picture is opened."""
-    labelled = [name for name in ONE_BY_ONE if name in protocols] if halves.usable else []
-    retrieval = [RETRIEVAL] if RETRIEVAL in protocols and len(test) > 1 else []
-    is_dense = halves.usable and not set(DENSE_PROTOCOLS).isdisjoint(protocols)
-    return [_FEATURES, *labelled, *retrieval, *([_SCENES] if is_dense else [])]
-
-
 def _extent_of(scenes: ScenePair | None, num_models: int) -> str:
     if scenes is None:
         return f"left out: {NEEDS_SHAPES}"
     return f"{num_models} models on {len(scenes.train)} + {len(scenes.test)} scenes"
-
-
-def _retrieve(
-    models: Mapping[str, Backbone],
-    pictures: Gallery,
-    chosen: Places,
-    prepare: Preparation,
-    config: EvalsConfig,
-    device: torch.device,
-    results: Results,
-) -> None:
-    images = watched(pictures.load(chosen), len(chosen), "views")
-    views = (
-        random_view(image, scale=config.retrieval.scale, seed=config.seed, index=index, view=view)
-        for index, image in enumerate(images)
-        for view in (0, 1)
-    )
-    features = extract_all(models, views, prepare, config.run.batch_size, device)
-    even, odd = np.arange(0, 2 * len(chosen), 2), np.arange(1, 2 * len(chosen), 2)
-    judge_retrieval(
-        {name: both[even] for name, both in features.items()},
-        {name: both[odd] for name, both in features.items()},
-        results,
-    )
-
-
-def _dense_rows(dense: SceneStudy | None, config: EvalsConfig) -> list[dict[str, Any]]:
-    if dense is None:
-        return []
-    return dense_rows(dense.found, dense.scenes, config.num_bootstrap, config.seed)
-
-
-def _dense_differences(dense: SceneStudy | None, config: EvalsConfig) -> list[dict[str, Any]]:
-    if dense is None:
-        return []
-    return dense_differences(dense.found, config.num_bootstrap, config.seed)
-
-
-def _dense_choices(dense: SceneStudy | None) -> list[dict[str, Any]]:
-    """What the probes of classes chose, by subject and seed."""
-    found = dense.found if dense is not None else {}
-    return [
-        {
-            "protocol": SEGMENTATION,
-            "subject": subject,
-            "val_miou": one.classes.val_miou,
-            "c": one.classes.chosen_c,
-            "converged": one.classes.converged,
-        }
-        for subject, every in found.items()
-        for one in every
-    ]
 
 
 def _health(cls: np.ndarray) -> dict[str, float]:

@@ -97,6 +97,15 @@ HEAD = """<!doctype html>
 <h1>{{ title }}</h1>
 """
 
+# protocols that could not run; takes `report`
+MISSING = """{% if report.missing -%}
+<section id="missing">
+<h2>Not judged</h2>
+<ul>{% for item in report.missing %}<li>{{ item.protocol }}: {{ item.reason }}</li>{% endfor %}</ul>
+</section>
+{%- endif %}
+"""
+
 # what a page of one or several models ends with; takes `report` and the edges of `pieces`
 PROVENANCE = """<tr><th>dataset</th><td><code>{{ report.dataset.sha256 }}</code></td></tr>
 <tr><th>code</th><td><code>{{ report.code }}</code></td></tr>
@@ -211,13 +220,9 @@ judged on {{ report.scenes.num_test }} of held-out ones; there raw pixels are th
 </section>
 {%- endif %}
 
-{% if report.missing -%}
-<section id="missing">
-<h2>Not judged</h2>
-<ul>{% for item in report.missing %}<li>{{ item.protocol }}: {{ item.reason }}</li>{% endfor %}</ul>
-</section>
-{%- endif %}
-
+"""
+    + MISSING
+    + """
 {% if report.per_class -%}
 <section id="classes">
 <h2>Class by class</h2>

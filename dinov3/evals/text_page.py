@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dinov3.evals.baselines import MODEL
-from dinov3.evals.template import HEAD, PROVENANCE, STYLE
+from dinov3.evals.template import HEAD, MISSING, PROVENANCE, STYLE
 from dinov3.evals.text_findings import TEXT_SUBJECTS
 from dinov3.evals.text_pictures import Query, SceneRow, class_colours
 from dinov3.release.record import Edge
@@ -125,13 +125,9 @@ are one text, right for every picture it describes.</p>
 </section>
 {%- endif %}
 
-{% if report.missing -%}
-<section id="missing">
-<h2>Not judged</h2>
-<ul>{% for item in report.missing %}<li>{{ item.protocol }}: {{ item.reason }}</li>{% endfor %}</ul>
-</section>
-{%- endif %}
-
+"""
+    + MISSING
+    + """
 {% if report.per_class -%}
 <section id="classes">
 <h2>Class by class</h2>

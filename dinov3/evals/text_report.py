@@ -4,7 +4,7 @@ The protocols are those of zeroshot, text_retrieval and open_vocabulary, each wi
 own. `report.json` is canonical JSON without times or places: equal inputs give equal bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,17 @@ import polars as pl
 
 from dinov3.config import EvalsConfig, config_digest, dump
 from dinov3.device import choose_device
-from dinov3.errors import DataError, LineageBroken
+from dinov3.errors import LineageBroken
 from dinov3.evals.candidate import BACKBONE_NAME, CONFIG_NAME
-from dinov3.evals.collection import COLUMNS, Halves, Pictures, labelled_halves, require_no_overlap
+from dinov3.evals.collection import (
+    COLUMNS,
+    KEPT_COLUMNS,
+    Halves,
+    Pictures,
+    labelled_halves,
+    read_columns,
+    require_no_overlap,
+)
 from dinov3.evals.dinotxt import WEIGHTS_NAME, identity, open_dinotxt
 from dinov3.evals.report import PAGE_NAME, REPORT_NAME
 from dinov3.evals.study import Gallery
@@ -29,7 +37,6 @@ from dinov3.stage import Stage, code_digest, open_stage
 TEXT_SCHEMA = "dinov3.text_report/1"
 
 _PAIR_COLUMNS = ("path", "sha256", "caption", "split")
-_CURATED_COLUMNS = ("path", "sha256", "kept")
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def make_text_report(
         aligned = open_dinotxt(inputs.model, inputs.backbone, device)
         pictures = Pictures(inputs.source, table)
         evaluation = TextEvaluation(aligned, table, pictures, halves, config, device)
-        study = evaluation.run(pairs.filter(split="test"))
+        study = evaluation.run(pairs.filter(split="test"), inputs.model.name)
         report = {
             "schema": TEXT_SCHEMA,
             "stage": stage_name,
@@ -109,9 +116,12 @@ def _read_inputs(
     stage.read("model config", inputs.model / CONFIG_NAME)
     stage.read("backbone", inputs.backbone / BACKBONE_NAME)
     stage.read("backbone config", inputs.backbone / CONFIG_NAME)
-    table = _read(stage.read("manifest", inputs.manifest), COLUMNS)
-    kept = _read(stage.read("dataset", inputs.dataset), _CURATED_COLUMNS).filter("kept")
-    pairs = _read(stage.read("pairs", inputs.pairs), _PAIR_COLUMNS)
+    table = read_columns(stage.read("manifest", inputs.manifest), COLUMNS, "an image table")
+    dataset = stage.read("dataset", inputs.dataset)
+    kept = read_columns(dataset, KEPT_COLUMNS, "a curated dataset").filter("kept")
+    pairs = read_columns(
+        stage.read("pairs", inputs.pairs), _PAIR_COLUMNS, "a table of caption pairs"
+    )
     _require_rows(kept, table, inputs.dataset)
     _require_rows(pairs, table, inputs.pairs)
     return table, kept, pairs
@@ -171,16 +181,3 @@ def _require_rows(rows: pl.DataFrame, table: pl.DataFrame, path: Path) -> None:
             f"{unknown['path'][0]!r} first. Make it anew."
         )
         raise LineageBroken(msg)
-
-
-def _read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    try:
-        table = pl.read_parquet(path)
-    except pl.exceptions.PolarsError as error:
-        msg = f"{path}: not a table of parquet, got {str(error)!r}. Make it anew."
-        raise DataError(msg) from error
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        msg = f"{path}: got no column {', '.join(missing)}. Give the right table."
-        raise DataError(msg)
-    return table

@@ -43,6 +43,7 @@ from dinov3.evals.open_vocabulary import (
     segment_scenes,
     shuffled_counts,
 )
+from dinov3.evals.progress import EvaluationProgress, watched
 from dinov3.evals.segmentation import class_ious
 from dinov3.evals.study import NEEDS_LABELS, Gallery
 from dinov3.evals.text_findings import CHANCE, SHUFFLED, Findings, rounded
@@ -153,35 +154,50 @@ class TextEvaluation:
             for index, (label, own) in enumerate(zip(halves.classes, self.names, strict=True))
         ]
 
-    def run(self, pairs: pl.DataFrame) -> TextStudy:
+    def run(self, pairs: pl.DataFrame, name: str) -> TextStudy:
         """Runs every protocol the pictures allow.
 
         Args:
             pairs: Held-out pairs: path, sha256, caption.
+            name: Of the model, where it is said what is under way.
         """
+        chosen = self._chosen(pairs)
+        progress = EvaluationProgress(name, self._num_parts(chosen))
         return TextStudy(
-            retrieval=self._classify_and_retrieve(pairs),
-            segmentation=self._segment(),
+            retrieval=self._classify_and_retrieve(chosen, progress),
+            segmentation=self._segment(progress),
             findings=self.findings,
             per_class=self.per_class,
             missing=self.missing,
             facts=self.facts,
         )
 
-    def _classify_and_retrieve(self, pairs: pl.DataFrame) -> RetrievalPieces | None:
+    def _num_parts(self, chosen: pl.DataFrame) -> int:
+        """Features, what the table allows of classes and captions, two ways to segment."""
+        return 1 + bool(len(self._labelled)) + _has_captions(chosen) + len((WHOLE, SLIDING))
+
+    @property
+    def _labelled(self) -> Places:
+        return self.halves.test if self.halves.usable else self.halves.test[:0]
+
+    def _classify_and_retrieve(
+        self, chosen: pl.DataFrame, progress: EvaluationProgress
+    ) -> RetrievalPieces | None:
         """Both share one pass over the held-out pictures."""
-        chosen = self._chosen(pairs)
         row_of = {path: row for row, path in enumerate(self.table["path"])}
         described = np.array([row_of[path] for path in chosen["path"]], dtype=np.int64)
-        labelled = self.halves.test if self.halves.usable else described[:0]
+        labelled = self._labelled
         places = np.union1d(described, labelled).astype(np.int64)
+        progress.begin("features", f"{len(places)} pictures")
         embedded = self._embed_pictures(places)
         if len(labelled):
+            extent = f"{len(labelled)} pictures of {self.halves.num_classes} classes"
+            progress.begin(ZERO_SHOT, extent)
             self._classify(embedded[np.searchsorted(places, labelled)])
         else:
             reason = NEEDS_LABELS.format(self.config.min_per_class)
             self.missing.append({"protocol": ZERO_SHOT, "reason": reason})
-        if chosen["sha256"].n_unique() < 2:
+        if not _has_captions(chosen):
             for protocol in (IMAGE_TO_TEXT, TEXT_TO_IMAGE):
                 self.missing.append({"protocol": protocol, "reason": NEEDS_CAPTIONS})
             return None
@@ -190,6 +206,8 @@ class TextEvaluation:
             "sha256", keep="first", maintain_order=True
         )
         own = first["place"].to_numpy()
+        extent = f"{len(corpus.pictures)} pictures and {len(corpus.texts)} texts"
+        progress.begin(f"{IMAGE_TO_TEXT} and {TEXT_TO_IMAGE}", extent)
         return self._retrieve(corpus, own, embedded[np.searchsorted(places, own)])
 
     def _chosen(self, pairs: pl.DataFrame) -> pl.DataFrame:
@@ -212,7 +230,7 @@ class TextEvaluation:
         )
         if not len(places):
             return np.zeros((0, 1), dtype=np.float32)
-        images = self.pictures.load(places)
+        images = watched(self.pictures.load(places), len(places), "pictures")
         return embed_pictures(self.aligned, images, prepare, config.run.batch_size, self.device)
 
     def _embed_texts(self, texts: Sequence[str]) -> Embeddings:
@@ -278,21 +296,25 @@ class TextEvaluation:
         self.facts |= {"num_pictures": len(corpus.pictures), "num_texts": len(corpus.texts)}
         return RetrievalPieces(corpus, places, pictures, texts)
 
-    def _segment(self) -> SegmentationPieces | None:
+    def _segment(self, progress: EvaluationProgress) -> SegmentationPieces | None:
         width = self.aligned.patch_width
         scenes = None if width is None else self._scenes()
         if width is None or scenes is None:
             reason = NEEDS_PATCHES if width is None else NEEDS_SHAPES
-            self.missing += [{"protocol": name, "reason": reason} for name in (WHOLE, SLIDING)]
+            for protocol in (WHOLE, SLIDING):
+                progress.begin(protocol, f"left out: {reason}")
+                self.missing.append({"protocol": protocol, "reason": reason})
             return None
         wanted = self.config.text.open_vocabulary
         index_of = {label: index for index, label in enumerate(self.halves.classes)}
         names = [self.names[index_of[label]] for label in scenes.classes]
         embedded, sizes = self._embed_classes([wanted.background_names, *names])
         classes = patch_classes(embedded, sizes, width)
+        progress.begin(WHOLE, f"{len(scenes)} scenes")
         whole = self._segment_scenes(scenes, classes, None)
-        window = Window(wanted.window, wanted.stride)
         self._judge(WHOLE, scenes, whole)
+        progress.begin(SLIDING, f"{len(scenes)} scenes")
+        window = Window(wanted.window, wanted.stride)
         self._judge(SLIDING, scenes, self._segment_scenes(scenes, classes, window))
         return SegmentationPieces(scenes, whole)
 
@@ -355,3 +377,8 @@ class TextEvaluation:
             seed=self.config.seed,
             stream=_TEST_STREAM,
         )
+
+
+def _has_captions(chosen: pl.DataFrame) -> bool:
+    """Whether captions can be mistaken for each other's."""
+    return chosen["sha256"].n_unique() > 1

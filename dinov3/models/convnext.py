@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dinov3.errors import DataError
 from dinov3.layers.block import select_blocks
+from dinov3.models.features import Features, cls_tokens, mask_of_each
 from dinov3.models.fields import config_of, require
-from dinov3.models.vit import Features
 
 NUM_STAGES = 4
 _EPS = 1e-6
@@ -204,11 +204,7 @@ class ConvNeXt(nn.Module):
             is_training: Return what `forward_features` returns.
         """
         features: Features | list[Features] = self.forward_features(x, masks)
-        if is_training:
-            return features
-        if isinstance(features, list):
-            return [each["x_norm_clstoken"] for each in features]
-        return features["x_norm_clstoken"]
+        return features if is_training else cls_tokens(features)
 
     @overload
     def forward_features(self, x: Tensor, masks: None = None) -> Features: ...
@@ -233,12 +229,8 @@ class ConvNeXt(nn.Module):
         """
         if isinstance(x, Tensor):
             return self._features(x, masks)
-        all_masks = [None] * len(x) if masks is None else masks
-        if len(all_masks) != len(x) or not x:
-            got = f"{len(all_masks)} for {len(x)} batches"
-            msg = f"masks: one entry per batch is needed, got {got}. Pass None for all of them."
-            raise DataError(msg)
-        return [self._features(each, mask) for each, mask in zip(x, all_masks, strict=True)]
+        pairs = zip(x, mask_of_each(x, masks), strict=True)
+        return [self._features(each, mask) for each, mask in pairs]
 
     def get_intermediate_layers(
         self,

@@ -9,12 +9,11 @@ holds the global crops and entry 1 the local crops; an accelerator runs them pac
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypedDict, cast, overload
+from typing import Any, Self, cast, overload
 
 import torch
 from torch import Generator, Tensor, nn
 
-from dinov3.errors import DataError
 from dinov3.layers.attention import SelfAttention, Shapes, pack, unpack
 from dinov3.layers.block import Block, reset_layers, select_blocks
 from dinov3.layers.ffn import FFN_KINDS, build_ffn
@@ -28,6 +27,7 @@ from dinov3.layers.rope import (
     Rotation,
     check_periods,
 )
+from dinov3.models.features import Features, cls_tokens, mask_of_each
 from dinov3.models.fields import config_of, require
 
 
@@ -115,16 +115,6 @@ class ViTConfig:
         return config_of(cls, fields, "a vision transformer")
 
 
-class Features(TypedDict):
-    """What `forward_features` returns for one batch."""
-
-    x_norm_clstoken: Tensor  # [B, D]
-    x_storage_tokens: Tensor  # [B, R, D]
-    x_norm_patchtokens: Tensor  # [B, P, D]
-    x_prenorm: Tensor  # [B, N, D], before the final norm
-    masks: Tensor | None  # as passed
-
-
 class VisionTransformer(nn.Module):
     """A vision transformer; build it from a `ViTConfig`, on the meta device too.
 
@@ -205,11 +195,7 @@ class VisionTransformer(nn.Module):
             is_training: Return what `forward_features` returns.
         """
         features: Features | list[Features] = self.forward_features(x, masks)
-        if is_training:
-            return features
-        if isinstance(features, list):
-            return [each["x_norm_clstoken"] for each in features]
-        return features["x_norm_clstoken"]
+        return features if is_training else cls_tokens(features)
 
     @overload
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Features: ...
@@ -230,11 +216,7 @@ class VisionTransformer(nn.Module):
         """
         if isinstance(x, Tensor):
             return self._packed_features([x], [masks])[0]
-        all_masks = [None] * len(x) if masks is None else masks
-        if len(all_masks) != len(x) or not x:
-            got = f"{len(all_masks)} for {len(x)} batches"
-            msg = f"masks: one entry per batch is needed, got {got}. Pass None where there is none."
-            raise DataError(msg)
+        all_masks = mask_of_each(x, masks)
         if x[0].device.type != "cpu":
             return self._packed_features(x, all_masks)
         pairs = zip(x, all_masks, strict=True)  # one after the other stays in a CPU's cache

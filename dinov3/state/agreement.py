@@ -22,6 +22,11 @@ FAILED = (
 )
 
 
+def is_about_peers(error: BaseException) -> bool:
+    """Whether a collective failed; gloo has no class of its own for that."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def is_distributed() -> bool:
     """Whether this process belongs to a group."""
     return bool(dist.is_available() and dist.is_initialized())

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dinov3.errors import CheckpointError
-from dinov3.state.agreement import FAILED, agreed, is_distributed
+from dinov3.errors import CheckpointError, RankLost
+from dinov3.state.agreement import FAILED, agreed, is_about_peers, is_distributed
 from dinov3.state.folder import (
     latest_state,
     partial_path,
@@ -79,6 +79,7 @@ class StateWriter:
 
         Raises:
             CheckpointError: The write before this one failed, or this one when waiting.
+            RankLost: It failed because another rank ended.
         """
         self.wait()
         frozen = json.loads(json.dumps({**facts, "step": step}))
@@ -93,6 +94,7 @@ class StateWriter:
 
         Raises:
             CheckpointError: The last write failed, older states stand; it is raised once.
+            RankLost: Likewise, because another rank ended.
         """
         if self._pending is None:
             return
@@ -106,6 +108,7 @@ class StateWriter:
 
         Raises:
             CheckpointError: The last write failed, older states stand.
+            RankLost: Likewise, because another rank ended.
         """
         try:
             self.wait()
@@ -127,7 +130,7 @@ class StateWriter:
     ) -> None:
         try:
             self.close()
-        except CheckpointError as failure:
+        except (CheckpointError, RankLost) as failure:
             if error is None:
                 raise
             error.add_note(str(failure))  # what ended the run comes first
@@ -143,10 +146,17 @@ class StateWriter:
         except FAILED as error:
             if self._is_first:  # all ranks have met the failure: nobody writes there any more
                 shutil.rmtree(partial, ignore_errors=True)
+            last = f"The last good one is {latest_state(self._folder) or 'none'}"
+            if is_about_peers(error):
+                said = str(error).splitlines()[0]
+                msg = (
+                    f"{path}: another rank is gone while the checkpoint was written, got {said!r}. "
+                    f"{last}; look at what that rank said and run the same command again."
+                )
+                raise RankLost(msg) from error
             msg = (
-                f"{path}: the checkpoint could not be written: {error}. The last good one is "
-                f"{latest_state(self._folder) or 'none'}; free the disk and run the same command "
-                "again."
+                f"{path}: the checkpoint could not be written: {error}. {last}; free the disk and "
+                "run the same command again."
             )
             raise CheckpointError(msg) from error
 

@@ -37,7 +37,8 @@ def load_pair(stage: Stage, source: Path, config: TrainConfig) -> tuple[Network,
         config: `init` says which weights start which network.
 
     Raises:
-        CheckpointError: Names or shapes differ, or the source has no student to continue.
+        CheckpointError: Names or shapes differ, a weight is not finite, or the source has no
+            student to continue.
     """
     student, ema = build_pair(config.model.model_dump(), config.heads, config.seed)
     if source.is_dir():
@@ -57,7 +58,8 @@ def load_network(stage: Stage, source: Path, network: Network, *, with_heads: bo
     """Fills a frozen teacher from the EMA of an artifact, or from a published file.
 
     Raises:
-        CheckpointError: Names or shapes differ, or heads are wanted and not there.
+        CheckpointError: Names or shapes differ, a weight is not finite, or heads are wanted and
+            not there.
     """
     found = read_artifact(stage, source)["teacher"] if source.is_dir() else None
     tensors = read_published(stage, source) if found is None else found
@@ -76,7 +78,7 @@ def load_gram_backbone(stage: Stage, source: Path | None, config: TrainConfig) -
     """The Gram teacher's backbone; without a source its weights are still to be copied.
 
     Raises:
-        CheckpointError: Names or shapes differ.
+        CheckpointError: Names or shapes differ, or a weight is not finite.
     """
     backbone = build_backbone(config.model.model_dump())
     if source is None:
@@ -127,7 +129,7 @@ def fill_network(
     """Loads exactly these weights; without any head the network keeps its own, and says so.
 
     Raises:
-        CheckpointError: Names or shapes differ.
+        CheckpointError: Names or shapes differ, or a weight is not finite.
     """
     wanted = network.state_dict()
     backbone = {name for name in wanted if name.startswith("backbone.")}
@@ -150,7 +152,7 @@ def _of_role(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _check(wanted: Mapping[str, Any], found: Mapping[str, Tensor], source: str) -> None:
-    """Names and shapes must be exactly those."""
+    """Names and shapes must be exactly those, and every value finite."""
     missing = sorted(wanted.keys() - found.keys())
     unexpected = sorted(found.keys() - wanted.keys())
     other = [
@@ -158,13 +160,19 @@ def _check(wanted: Mapping[str, Any], found: Mapping[str, Tensor], source: str) 
         for name in sorted(wanted.keys() & found.keys())
         if found[name].shape != wanted[name].shape
     ]
-    if not missing and not unexpected and not other:
-        return
-    msg = (
-        f"{source}: not the network of the recipe, got missing: {_some(missing)}; unexpected: "
-        f"{_some(unexpected)}; of another shape: {_some(other)}. Use the recipe it was made with."
-    )
-    raise CheckpointError(msg)
+    if missing or unexpected or other:
+        msg = (
+            f"{source}: not the network of the recipe, got missing: {_some(missing)}; unexpected: "
+            f"{_some(unexpected)}; of another shape: {_some(other)}. Use the recipe it was made "
+            "with."
+        )
+        raise CheckpointError(msg)
+    if broken := sorted(name for name, tensor in found.items() if not tensor.isfinite().all()):
+        msg = (
+            f"{source}: NaN or infinity among the weights, got it in {_some(broken)}. Start from "
+            "others."
+        )
+        raise CheckpointError(msg)
 
 
 def _some(names: list[str]) -> str:

@@ -13,19 +13,21 @@ from dinov3.evals.baselines import MAJORITY, MODEL, RANDOM_INIT, RAW_PIXELS
 from dinov3.evals.dense import (
     DENSE_PROTOCOLS,
     FOREGROUND,
-    MIOU,
-    PRECISION,
     SEGMENTATION,
     Pool,
-    dense_differences,
-    dense_per_class,
-    dense_rows,
     dense_score,
     judge_dense,
     judge_subjects,
     scene_pair,
-    scene_strips,
 )
+from dinov3.evals.dense_findings import (
+    MIOU,
+    PRECISION,
+    dense_differences,
+    dense_per_class,
+    dense_rows,
+)
+from dinov3.evals.dense_pictures import scene_strips
 from dinov3.evals.features import Preparation
 from dinov3.evals.segmentation import RawPatches
 

@@ -135,6 +135,50 @@ def test_names_and_shapes_that_differ_are_listed_and_refused(
         load_pair(stage, folder, a_config("init=continue"))
 
 
+def spoil(name, value):
+    def change(backbone, heads):
+        tensors = backbone if name in backbone else heads
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[-1] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "teacher.blocks.1.mlp.fc1.weight",
+            "nan",
+            r"got it in backbone\.blocks\.1\.mlp\.fc1\.weigh",
+        ),
+        (
+            "teacher.dino_head.last_layer.weight",
+            "-inf",
+            r"it in dino_head\.last_layer\.weight\. St",
+        ),
+        (
+            "student.cls_token",
+            "inf",
+            r"\(student\): NaN or infinity .* backbone\.cls_token\. Start",
+        ),
+    ],
+)
+def test_weights_that_are_not_finite_are_named_and_refused_before_the_first_step(
+    stage, tmp_path, networks, name, value, message
+):
+    folder = write_artifact(tmp_path / "odd", networks, change=spoil(name, float(value)))
+    with pytest.raises(CheckpointError, match=message):
+        load_pair(stage, folder, a_config("init=continue"))
+
+
+def test_a_gram_teacher_that_is_not_finite_is_refused(stage, tmp_path, networks):
+    change = spoil("teacher.norm.weight", float("nan"))
+    folder = write_artifact(tmp_path / "odd", networks, change=change)
+    with pytest.raises(CheckpointError, match=r"NaN or infinity .* in norm\.weight\. Start"):
+        load_gram_backbone(stage, folder, a_config())
+
+
 def test_long_lists_of_differences_are_cut(stage, artifact):
     with pytest.raises(CheckpointError, match=r"of another shape: .* and \d+ more\. Use the rec"):
         load_pair(stage, artifact, a_config("model.embed_dim=64"))

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from dinov3.errors import CheckpointError
+from dinov3.errors import CheckpointError, RankLost
 from dinov3.state import StateWriter, latest_state, load_state, read_facts, read_tensors
 from tests.saved_states import CHILDREN, blank, die_at, flip_a_bit, names_in, same
 
@@ -183,9 +183,9 @@ def _rank_that_outlives(rank, folder):
         writer.save(1, {"a": live}, {}, wait=True)
         if rank == 1:
             die_at(1)
-        (folder / f"said_{rank}").write_text(
-            _refusal(lambda: writer.save(2, {"a": live}, {}, wait=True))
-        )
+        with pytest.raises(RankLost, match="another rank is gone") as raised:
+            writer.save(2, {"a": live}, {}, wait=True)
+        (folder / f"said_{rank}").write_text(str(raised.value))
     dist.destroy_process_group()
 
 
@@ -198,6 +198,9 @@ def test_death_of_a_rank_while_writing_is_met_by_the_others(tmp_path):
     for process in ranks:
         process.join()
     assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
-    assert "The last good one is" in (tmp_path / "said_0").read_text()
+    said = (tmp_path / "said_0").read_text()
+    assert "The last good one is" in said
+    assert "look at what that rank said" in said
+    assert "free the disk" not in said
     assert names_in(tmp_path / "states") == ["step_000000001"]
     assert read_tensors(latest_state(tmp_path / "states"))["a"].sum() == 8

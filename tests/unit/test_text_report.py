@@ -233,7 +233,7 @@ def test_a_model_that_knows_colours_solves_what_colours_solve(built):
     oracle = AlignedModel(ColourModel(), name_colours, 8, 3, none, half)
     pictures = Pictures(built.source, table)
     evaluation = TextEvaluation(oracle, table, pictures, halves, wanted, CPU)
-    study = evaluation.run(pairs.filter(split="test"))
+    study = evaluation.run(pairs.filter(split="test"), "colours")
     found = {"rows": study.findings.rows}
     rows = figures(found, "zero-shot classification", "top-1")
     assert rows["model"]["value"] == 1
@@ -282,6 +282,19 @@ def test_equal_inputs_give_equal_bytes(built, world):
     for name in ("report.json", "report.html", "record.json"):
         ours, theirs = (each.root / "report" / name for each in (world, built))
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_each_part_is_said_once_with_its_number(world, capsys):
+    found = world.report()["dataset"]
+    pictures = found["num_test"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"dinotxt: 1/5 features, {found['num_pictures']} pictures",
+        f"dinotxt: 2/5 zero-shot classification, {pictures} pictures of 3 classes",
+        f"dinotxt: 3/5 image to text and text to image, {found['num_pictures']} pictures and "
+        f"{found['num_texts']} texts",
+        "dinotxt: 4/5 open-vocabulary segmentation, whole, 4 scenes",
+        "dinotxt: 5/5 open-vocabulary segmentation, windows, 4 scenes",
+    ]
 
 
 def test_the_page_is_self_contained_and_escaped(world):
@@ -401,8 +414,10 @@ def test_pairs_of_other_images_are_refused(world):
         world.report()
 
 
-def test_without_labels_captions_are_still_judged_and_the_rest_is_named(world):
+def test_without_labels_captions_are_still_judged_and_the_rest_is_named(world, capsys):
     report = world.report("min_per_class=100")
+    said = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["1/4", "2/4", "3/4", "4/4"]
     assert {row["protocol"] for row in report["rows"]} == {"image to text", "text to image"}
     assert {item["protocol"] for item in report["missing"]} == {
         "zero-shot classification",
@@ -411,9 +426,10 @@ def test_without_labels_captions_are_still_judged_and_the_rest_is_named(world):
     }
 
 
-def test_a_model_whose_patches_know_no_text_is_not_judged_on_them(world):
+def test_a_model_whose_patches_know_no_text_is_not_judged_on_them(world, capsys):
     world.write_model(use_patch_tokens=False, embed_dim=32)
     report = world.report()
+    assert "5/5 open-vocabulary segmentation, windows, left out" in capsys.readouterr().err
     assert {item["protocol"] for item in report["missing"]} == {
         "open-vocabulary segmentation, whole",
         "open-vocabulary segmentation, windows",
