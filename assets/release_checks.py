@@ -7,6 +7,7 @@ from typing import Any
 from dinov3.release.files import check_sums, release_digest
 from dinov3.release.record import RecordError, parse_json
 from dinov3.release.refusals import CannotCheck, Refused
+from dinov3.release.revoked import REVOKED_NAME, Revocation, read_revoked
 from dinov3.release.signature import verify_signature
 from orchestration.reevaluation import read_settings
 from orchestration.runner import Check, Judgement
@@ -70,8 +71,12 @@ def intact(folder: Path) -> Judgement:
         found = {name: one.sha256 for name, one in hashes.items()}
         signer = verify_signature(release, found, (root / key).read_bytes())
         head = parse_json((release / "release.json").read_bytes())
+        revoked = _revocation(root / RELEASE_LOG / REVOKED_NAME, str(signer.fingerprint))
     except (Refused, CannotCheck, RecordError, OSError) as error:
         return Judgement(False, str(error))
+    if revoked is not None:
+        said = f"signed by a key that was revoked on {revoked.date}: {revoked.reason}"
+        return Judgement(False, said)
     version = f"{head['model']}@{head['version']}"
     return Judgement(
         True,
@@ -84,6 +89,10 @@ def intact(folder: Path) -> Judgement:
     )
 
 
+def _revocation(path: Path, fingerprint: str) -> Revocation | None:
+    return read_revoked(path).get(fingerprint) if path.exists() else None
+
+
 def _judge_attempt(folder: Path, name: str) -> Judgement:
     """A refused release leaves no files, only a line in the log of attempts."""
     log = folder.parents[2] / RELEASE_LOG / "attempts.jsonl"
@@ -94,6 +103,8 @@ def _judge_attempt(folder: Path, name: str) -> Judgement:
         return Judgement(False, "There is no release and no attempt at one.")
     last = mine[-1]
     said = f"attempt at {last['model']}@{last['version']} of {last['date']}"
+    if not last["failed"]:
+        return Judgement(False, f"There is no release; its {said} passed. Materialize it again.")
     if name in last["failed"]:
         return Judgement(False, f"Failed, {said}: the last lines of the run say why.")
     return Judgement(True, f"Passed, {said}, which other gates refused.")

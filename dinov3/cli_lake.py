@@ -213,9 +213,6 @@ def _send(lake: "Lake", address: "Address", name: str, path: str) -> bool:
 
 def _commit(lake: "Lake", address: "Address", message: str) -> str:
     """Commits what is staged on the branch; its commit id, a new one or the one it had."""
-    try:
+    if lake.has_staged(address.repo, address.ref):
         return lake.commit(address.repo, address.ref, message)
-    except StoreError as error:
-        if "no changes" not in str(error):
-            raise
-        return lake.resolve(address.repo, address.ref)
+    return lake.resolve(address.repo, address.ref)

@@ -49,11 +49,6 @@ def reevaluate(
         output=output,
         config=tree,
     )
-    for row in found.content["metrics"]:
-        print(("REGRESSION  " if row["regressed"] else "holds       ") + describe(row))
-    print(f"report {found.report}", flush=True)
-    if not found.regressions:
-        return
     finding = {
         "schema": ALERT_SCHEMA,
         "release": release,
@@ -62,8 +57,15 @@ def reevaluate(
         "report": str(found.report),
         "regressions": found.regressions,
     }
-    for failure in send_alert(finding, **tree.run.alert.model_dump()):
+    alert = tree.run.alert.model_dump()
+    failures = send_alert(finding, **alert) if found.regressions else []  # before any output fails
+    for row in found.content["metrics"]:
+        print(("REGRESSION  " if row["regressed"] else "holds       ") + describe(row))
+    print(f"report {found.report}", flush=True)
+    for failure in failures:
         sys.stderr.write(f"dinov3: {failure}\n")
+    if not found.regressions:
+        return
     msg = (
         f"{release}: {len(found.regressions)} of {len(found.content['metrics'])} figures fell "
         f"beyond their tolerance, got first {describe(found.regressions[0])}. "
@@ -79,7 +81,8 @@ def reproduce(
         str | None, typer.Option(help="Where it is published: directory:PATH, lakefs://REPO.")
     ] = None,
     key: Annotated[
-        Path | None, typer.Option(help="Public key that must have signed it, if given.")
+        Path | None,
+        typer.Option(help="Public key that must have signed it; without, no code of its own runs."),
     ] = None,
     source: Annotated[
         str | None, typer.Option(help="Its pictures, kind:path; else that of params.yaml.")
@@ -91,10 +94,11 @@ def reproduce(
     """Make a release again from its records; exits with 0 the same, 1 different, 2 could not."""
     from dinov3.errors import DataError, LineageBroken
     from dinov3.publish.remake import remake
+    from dinov3.release.record import RecordError
 
     try:
         found = remake(release, store=store, key=key, source=source, scratch=scratch, say=_say)
-    except LineageBroken as error:  # of what is published, which is another verdict than ours
+    except (LineageBroken, RecordError, OSError) as error:  # no verdict on what was made again
         raise DataError(str(error)) from error
     for note in (*found.notes, found.reason):
         if note:

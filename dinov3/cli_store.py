@@ -168,10 +168,14 @@ def prune(store: StoreSpec = STORE) -> None:
     """Remove what killed publishers left; never what a live one uses."""
     from dinov3.publish.store import open_store
 
-    removed = open_store(store).prune()
+    opened = open_store(store)
+    removed = opened.prune()
     for line in removed:
         print(f"removed {line}")
     print(f"{len(removed)} removed")
+    for entry in opened.unfinished():
+        held = f"{entry.name}: held by release digest {entry.digest}, not visible yet"
+        print(f"{held}; publish that release again to finish it")
 
 
 @releases.command()
@@ -209,20 +213,20 @@ def next_free(
     """The next free patch version of a model, by the store and the log."""
     from dinov3.publish.publishing import read_built
     from dinov3.publish.releases import next_version
-    from dinov3.publish.store import entries_if_made, open_store, read_log
+    from dinov3.publish.store import held_versions, open_store, read_log
 
     built = None if release is None else read_built(release, model)
-    entries = entries_if_made(open_store(store))
-    print(next_version(model, entries, read_log(log, keys=None), release=built))
+    held = held_versions(open_store(store))
+    print(next_version(model, held, read_log(log, keys=None), release=built))
 
 
 def _public_keys(named: list[str] | None, log: Path) -> list[bytes]:
     from dinov3.publish.keys import public_key_of
     from dinov3.publish.private_key import keys_folder
-    from dinov3.release.receipts import read_keys
+    from dinov3.publish.store import log_keys
 
     if not named:
-        return read_keys(log)
+        return log_keys(log)
     return [public_key_of(one, folder=keys_folder(), log=log) for one in named]
 
 

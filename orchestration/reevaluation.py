@@ -16,11 +16,11 @@ import dagster as dg
 import yaml
 
 from dinov3.data.sources.fingerprint import RELATIVE_CACHE, refresh
-from dinov3.errors import ConfigError, JudgementFailed
+from dinov3.errors import ConfigError, DataError, JudgementFailed
 from dinov3.launch import DEFAULT_GRACE, start, stop
 from dinov3.publish.history import draw_history, history_of, read_reports
 from dinov3.publish.store import Entry, entries_if_made, open_store
-from dinov3.release.record import RECORD_NAME, file_sha256, parse_json
+from dinov3.release.record import RECORD_NAME, RecordError, parse_json, read_record
 from orchestration.metadata import picture_markdown
 from orchestration.output import LINES_SHOWN, follow
 from orchestration.stages import CHECKOUT
@@ -30,7 +30,7 @@ CHECK = "no_regression"
 FOLDER = Path("data") / KEY
 RELEASES = dg.DynamicPartitionsDefinition(name="releases")
 
-_MANIFEST = Path("data/image_manifest")
+_MANIFEST, _TABLE = Path("data/image_manifest"), "manifest.parquet"
 _DATASET = Path("data/curated_dataset/curated.parquet")
 _KEYS = Path("data/release_log/keys")
 _FINGERPRINT = Path(".cache/benchmark.json")
@@ -62,7 +62,7 @@ class Settings:
         """The command line that re-evaluates `MODEL@VERSION`."""
         pictures = ["--source", self.benchmark or self.source]
         if not self.benchmark:
-            pictures += ["--manifest", str(_MANIFEST / "manifest.parquet")]
+            pictures += ["--manifest", str(_MANIFEST / _TABLE)]
             pictures += ["--dataset", str(_DATASET)]
         return [
             *(sys.executable, "-m", "dinov3", "reevaluate", release, "--recipe", self.recipe),
@@ -84,15 +84,29 @@ class Settings:
     def fingerprint(self) -> str | None:
         """What identifies the pictures now; None while the pipeline has made none.
 
+        Of the pipeline's own it is the digest of their table: one that was made again by other
+        code, of the same pictures, is nothing new.
+
         Raises:
-            DataError: The benchmark cannot be used.
+            DataError: The benchmark cannot be used, or the table's record is unreadable.
         """
         if self.benchmark:
             cache = self.root / RELATIVE_CACHE
-            value = refresh(self.benchmark, self.root / _FINGERPRINT, cache)
+            value = refresh(self._benchmark_from_root(), self.root / _FINGERPRINT, cache)
             return str(value["sha256"])
-        record = self.root / _MANIFEST / RECORD_NAME
-        return file_sha256(record) if record.is_file() else None
+        path = self.root / _MANIFEST / RECORD_NAME
+        try:
+            return read_record(path).outputs[_TABLE].sha256 if path.is_file() else None
+        except (RecordError, KeyError) as error:
+            msg = f"{path}: no record of a table, got {error}. Make it again: dvc repro."
+            raise DataError(msg) from error
+
+    def _benchmark_from_root(self) -> str:
+        """As the command finds it, which runs in `root`, from whatever folder we run in."""
+        kind, _, place = self.benchmark.partition(":")
+        is_server = place.startswith("//")
+        path = self.root / Path(place).expanduser()
+        return self.benchmark if is_server else f"{kind}:{path}"
 
 
 def read_settings(root: Path) -> Settings:
@@ -153,7 +167,7 @@ def reevaluation_asset(
             last = "\n".join(said.splitlines()[-LINES_SHOWN:])
             msg = f"{context.partition_key}: could not be re-evaluated\n{last}"
             raise dg.Failure(msg, metadata={"exit_code": code}, allow_retries=False)
-        yield _result(root / report[1], regressed=code != 0)
+        yield _result(root / report[1])
 
     return reevaluations
 
@@ -169,13 +183,14 @@ def _run(command: Sequence[str], root: Path, log: Callable[[str], None]) -> tupl
     return process.returncode, text
 
 
-def _result(path: Path, *, regressed: bool) -> dg.MaterializeResult[Any]:
+def _result(path: Path) -> dg.MaterializeResult[Any]:
     report = parse_json(path.read_bytes())
     release, benchmark, metrics = (report[name] for name in ("release", "benchmark", "metrics"))
     history = history_of(read_reports(path.parent.parent))
     fallen = [row for row in metrics if row["regressed"]]
     words = f"{len(fallen)} of {len(metrics)} figures fell beyond their tolerance."
     table = dg.MetadataValue.md(_table(metrics))
+    page = dg.MetadataValue.path(str(path.with_suffix(".html")))
     return dg.MaterializeResult(
         metadata={
             "date": report["date"],
@@ -183,7 +198,7 @@ def _result(path: Path, *, regressed: bool) -> dg.MaterializeResult[Any]:
                 "history", "svg+xml", draw_history(release["model"], history)
             ),
             "figures": table,
-            "page": dg.MetadataValue.path(str(path.with_suffix(".html"))),
+            "page": page,
             "report": dg.MetadataValue.path(str(path)),
             "release_digest": release["digest"],
             "signer": release["signer"],
@@ -194,9 +209,9 @@ def _result(path: Path, *, regressed: bool) -> dg.MaterializeResult[Any]:
             dg.AssetCheckResult(
                 asset_key=KEY,
                 check_name=CHECK,
-                passed=not regressed,
-                description=words if regressed else f"All {len(metrics)} figures hold.",
-                metadata={"figures": table, "page": dg.MetadataValue.path(str(path))},
+                passed=not fallen,
+                description=words if fallen else f"All {len(metrics)} figures hold.",
+                metadata={"figures": table, "page": page},
             )
         ],
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,22 @@ def publish(base: Path) -> None:
     withdraw_release(("vits", "0.1.0"), WHY, store, log=chain.log, key=key)
 
 
-def asking(base: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was published; never to be changed in place."""
+    base = tmp_path_factory.mktemp("published")
+    publish(base)
+    return base
+
+
+@pytest.fixture
+def base(written: Path, tmp_path: Path) -> Path:
+    """What was published, to be tampered with."""
+    return Path(shutil.copytree(written, tmp_path / "base", symlinks=True))
+
+
+@pytest.fixture
+def ask(base: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
     """Runs the command on what was published; answers with its exit code and what it found."""
 
     def run(

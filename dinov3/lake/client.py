@@ -128,21 +128,8 @@ class Lake:
 
     def list(self, repo: str, ref: str, prefix: str = "") -> Iterator[Stat]:
         """All objects under a prefix (a string, not a folder), by path in order of its bytes."""
-        after = ""
-        while True:
-            page = self._sdk.call(
-                f"lakefs://{repo}/{ref}/{prefix}",
-                self._sdk.objects.list_objects,
-                repo,
-                ref,
-                prefix=prefix,
-                after=after,
-                amount=_PAGE_SIZE,
-            )
-            yield from map(_stat_of, page.results)
-            if not page.pagination.has_more:
-                return
-            after = page.pagination.next_offset
+        what, call = f"lakefs://{repo}/{ref}/{prefix}", self._sdk.objects.list_objects
+        yield from map(_stat_of, self._pages(what, call, repo, ref, prefix=prefix))
 
     def stat(self, repo: str, ref: str, path: str) -> Stat | None:
         """One object, None where it is not there."""
@@ -250,6 +237,11 @@ class Lake:
         )
         return str(self._sdk.call(what, self._sdk.commits.commit, repo, branch, wish).id)
 
+    def has_staged(self, repo: str, branch: str) -> bool:
+        """Whether a commit of the branch would change anything."""
+        what, call = f"lakefs://{repo}/{branch}", self._sdk.branches.diff_branch
+        return bool(self._sdk.call(what, call, repo, branch, amount=1).results)
+
     def merge(
         self,
         repo: str,
@@ -283,22 +275,9 @@ class Lake:
 
     def log(self, repo: str, ref: str) -> Iterator[Commit]:
         """Commits from a ref back to the first, along first parents: a branch's own history."""
-        after = ""
-        while True:
-            page = self._sdk.call(
-                f"lakefs://{repo}/{ref}",
-                self._sdk.refs.log_commits,
-                repo,
-                ref,
-                after=after,
-                amount=_PAGE_SIZE,
-                first_parent=True,
-            )
-            for found in page.results:
-                yield Commit(found.id, tuple(found.parents), dict(found.metadata or {}))
-            if not page.pagination.has_more:
-                return
-            after = page.pagination.next_offset
+        what, call = f"lakefs://{repo}/{ref}", self._sdk.refs.log_commits
+        for found in self._pages(what, call, repo, ref, first_parent=True):
+            yield Commit(found.id, tuple(found.parents), dict(found.metadata or {}))
 
     def protect(self, repo: str, branch: str) -> None:
         """Lets a branch change by merges only, some seconds from now; a guard against mistakes."""
@@ -307,15 +286,19 @@ class Lake:
         self._sdk.call(f"lakefs://{repo}/{branch}", call, repo, rules)
 
     def _refs(self, repo: str, prefix: str, call: Callable[..., Any]) -> dict[str, str]:
-        found: dict[str, str] = {}
+        found = self._pages(f"lakefs://{repo}", call, repo, prefix=prefix)
+        return {ref.id: ref.commit_id for ref in found}
+
+    def _pages(
+        self, what: str, call: Callable[..., Any], *arguments: Any, **options: Any
+    ) -> Iterator[Any]:
+        """All results of a call that lists, asked for page by page."""
         after = ""
         while True:
-            page = self._sdk.call(
-                f"lakefs://{repo}", call, repo, prefix=prefix, after=after, amount=_PAGE_SIZE
-            )
-            found |= {ref.id: ref.commit_id for ref in page.results}
+            page = self._sdk.call(what, call, *arguments, after=after, amount=_PAGE_SIZE, **options)
+            yield from page.results
             if not page.pagination.has_more:
-                return found
+                return
             after = page.pagination.next_offset
 
     def _made(self, what: str, call: Callable[..., Any], *arguments: Any) -> bool:

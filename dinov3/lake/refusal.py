@@ -17,6 +17,7 @@ _MEANINGS = {
     403: ("this key may not do that", "Ask the owner of the repository."),
     404: ("not there", "Check the repository, the ref and the path."),
     409: ("in conflict with what is there", "Look at what is there, then run it again."),
+    410: ("its bytes are gone", "Restore the storage behind the server."),
     412: ("a hook or a condition of the server refuses it", "Mend what it names."),
 }
 

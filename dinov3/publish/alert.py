@@ -13,8 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
-from typing import Any
-from urllib.parse import urlsplit
+from typing import IO, Any
 
 from dinov3.launch import stop_tree
 
@@ -38,7 +37,8 @@ def send_alert(
         webhook: URL that gets the finding by POST, or env:NAME. None calls none.
         timeout: Seconds that each of both may take.
     """
-    content = json.dumps(finding, ensure_ascii=False, indent=1).encode()
+    text = json.dumps(finding, ensure_ascii=False, indent=1)
+    content = text.encode("utf-8", "backslashreplace")  # half of a pair: JSON's own escape
     failures = []
     if command is not None and (failed := _run(command, content, timeout)) is not None:
         failures.append(f"alert command {command[0]}: {failed}")
@@ -49,26 +49,30 @@ def send_alert(
 
 def _run(command: Sequence[str], content: bytes, timeout: float) -> str | None:
     """Files stand in for pipes: a child that it leaves behind must not keep us."""
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
-        given.write(content)
-        given.seek(0)
-        try:
+    try:
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+            given.write(content)
+            given.seek(0)
             process = subprocess.Popen(
                 command, stdin=given, stdout=said, stderr=said, start_new_session=True
             )
-        except OSError as error:
-            return f"cannot be run: {error.strerror}"
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            stop_tree(process.pid, _KILL_AFTER)
-            process.wait()
-            return f"not done after {timeout:g} s"
-        if code == 0:
-            return None
-        said.seek(-min(_SHOWN, said.seek(0, os.SEEK_END)), os.SEEK_END)
-        last = said.read().decode("utf-8", "replace").strip()
-        return f"ended with {code}" + (f", said {last!r}" if last else "")
+            return _await(process, said, timeout)
+    except (OSError, ValueError) as error:  # no such program, a full disk, a zero byte
+        return f"cannot be run: {getattr(error, 'strerror', None) or error}"
+
+
+def _await(process: "subprocess.Popen[bytes]", said: IO[bytes], timeout: float) -> str | None:
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        stop_tree(process.pid, _KILL_AFTER)
+        process.wait()
+        return f"not done after {timeout:g} s"
+    if code == 0:
+        return None
+    said.seek(-min(_SHOWN, said.seek(0, os.SEEK_END)), os.SEEK_END)
+    last = said.read().decode("utf-8", "replace").strip()
+    return f"ended with {code}" + (f", said {last!r}" if last else "")
 
 
 def _call(webhook: str, content: bytes, timeout: float) -> str | None:
@@ -76,7 +80,7 @@ def _call(webhook: str, content: bytes, timeout: float) -> str | None:
     url = _url_of(webhook)
     if url is None:
         return f"the variable {webhook.removeprefix(_FROM_ENVIRONMENT)} is not set"
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not url.lower().startswith(("http://", "https://")):
         return "not a URL of http or https"
     outcome: list[str | None] = []
     poster = threading.Thread(
@@ -109,5 +113,7 @@ def _post(url: str, content: bytes, timeout: float) -> str | None:
     except urllib.error.HTTPError as error:
         with error:
             return f"answered {error.code}"
-    except (OSError, HTTPException, ValueError) as error:
+    except OSError as error:
         return f"not reached: {getattr(error, 'reason', error)}"
+    except (HTTPException, ValueError) as error:  # their words may hold the URL
+        return f"not reached: {type(error).__name__}"

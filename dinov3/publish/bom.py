@@ -5,6 +5,7 @@ and references come from the release alone: equal releases have equal bytes.
 """
 
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component
 
+_PINNED = re.compile(r"^([\w.-]+)==([^\s;]+)", re.MULTILINE)  # a line of the lock
 # Libraries that the numbers of weights and figures hang on.
 _LIBRARIES = ("faiss-cpu", "numpy", "pillow", "safetensors", "scikit-learn", "torch", "torchvision")
 
@@ -141,16 +143,14 @@ def _libraries(draft: Draft) -> Iterator["Component"]:
     if environment_digest() != draft.evidence.final.record.environment:
         return
     lock = CHECKOUT / "requirements.lock"
-    lines = lock.read_text(encoding="utf-8").splitlines() if lock.is_file() else []
-    pinned = dict(line.split(";")[0].split(" ")[0].split("==", 1) for line in lines if "==" in line)
+    pinned = dict(_PINNED.findall(lock.read_text(encoding="utf-8") if lock.is_file() else ""))
     for name in _LIBRARIES:
         if name in pinned:
-            version = pinned[name].strip()
             yield Component(
                 type=ComponentType.LIBRARY,
                 name=name,
-                version=version,
-                bom_ref=f"pypi:{name}@{version}",
+                version=pinned[name],
+                bom_ref=f"pypi:{name}@{pinned[name]}",
             )
 
 

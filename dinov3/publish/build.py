@@ -64,7 +64,7 @@ class ReleaseRequest:
     output: Path
     config: ReleaseConfig
     key: "PrivateKey | None"
-    recipe: str = ""
+    recipe: str
     overrides: tuple[str, ...] = ()
     texts: Path | None = None
     salt: bytes | None = None

@@ -1,14 +1,25 @@
 """Released figures beside those of today: what fell beyond its tolerance, what was not judged."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dinov3.config.reevaluation import ReevaluationConfig
 from dinov3.errors import DataError
 from dinov3.evals.baselines import MODEL
-from dinov3.evals.study import PROTOCOLS
+from dinov3.evals.dense import FOREGROUND, SEGMENTATION
+from dinov3.evals.dense_findings import MIOU, PIXEL_ACCURACY, PRECISION
+from dinov3.evals.protocols import LABELLED_PROTOCOLS, MAP, PER_CLASS, RETRIEVAL, TOP_1, TOP_5
 
 Row = Mapping[str, Any]
+
+# What each protocol may report, every one of them better when it is larger.
+METRICS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(LABELLED_PROTOCOLS, (TOP_1, TOP_5, PER_CLASS)),
+    RETRIEVAL: (TOP_1, MAP),
+    SEGMENTATION: (MIOU, PIXEL_ACCURACY),
+    FOREGROUND: (MIOU, PIXEL_ACCURACY, PRECISION),
+}
 
 
 def compare(
@@ -16,12 +27,13 @@ def compare(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The model's figures beside the released ones, and what stands on one side only.
 
-    Every metric is better when it is larger.
-
     Args:
         released: Rows of the release's evals.json.
         measured: Rows of today.
         tolerances: How far below its released value a metric may be; others are left out.
+
+    Raises:
+        DataError: A figure is no number, of which nobody could say that it holds.
     """
     before, now = (_of_model(rows, tolerances) for rows in (released, measured))
     metrics, uncompared = [], []
@@ -34,6 +46,9 @@ def compare(
             uncompared.append(names | figures)
             continue
         row, tolerance = now[measure], tolerances[protocol, metric]
+        if not math.isfinite(row["value"]):
+            msg = f"{protocol} {metric}: no number, got {row['value']}. Look into the pictures."
+            raise DataError(msg)
         fall = round(before[measure]["value"] - row["value"], 6)
         metrics.append(
             names
@@ -52,15 +67,20 @@ def describe(row: Row) -> str:
 
 
 def require_known(config: ReevaluationConfig) -> None:
-    """Refuses a protocol that no evaluation has: it would never be judged.
+    """Refuses a protocol or a metric that no evaluation has: it would never be judged.
 
     Raises:
         DataError: There is one.
     """
-    unknown = sorted(set(config.protocols) - set(PROTOCOLS))
-    if unknown:
-        msg = f"protocols: unknown, got {unknown[0]!r}. Use one of {', '.join(PROTOCOLS)}."
-        raise DataError(msg)
+    for protocol, metrics in config.protocols.items():
+        if protocol not in METRICS:
+            msg = f"protocols: unknown, got {protocol!r}. Use one of {', '.join(METRICS)}."
+            raise DataError(msg)
+        for metric in metrics or {}:
+            if metric not in METRICS[protocol]:
+                known = ", ".join(METRICS[protocol])
+                msg = f"{protocol}: unknown metric, got {metric!r}. Use one of {known}."
+                raise DataError(msg)
 
 
 def require_judged(

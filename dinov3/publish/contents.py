@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from dinov3.errors import LineageBroken
 from dinov3.gates import stem
 from dinov3.publish.bom import bill_of_materials
 from dinov3.publish.card import render_card
-from dinov3.publish.draft import Draft, find_text
+from dinov3.publish.draft import Draft
 from dinov3.publish.provenance import statement
 from dinov3.publish.store import copy_stream
 from dinov3.release.atomic import atomic_write
@@ -48,10 +49,11 @@ def write_contents(folder: Path, draft: Draft) -> None:
     _copy_weights(folder, draft)
     _copy_records(folder, draft)
     _write_images(folder, draft)
-    for name, path in find_text(draft.evidence.texts).items():
-        target = folder / "licences" / f"{name}.txt"
-        target.parent.mkdir(exist_ok=True)
-        atomic_write(target, path.read_bytes())
+    for name, path in (draft.evidence.texts or {}).items():
+        if path is not None:
+            target = folder / "licences" / f"{name}.txt"
+            target.parent.mkdir(exist_ok=True)
+            atomic_write(target, path.read_bytes())
     atomic_write(folder / CHECKS_NAME, canonical_json(draft.checks))
     release = describe(draft)
     atomic_write(folder / RELEASE_NAME, canonical_json(release))
@@ -144,13 +146,16 @@ def _write_images(folder: Path, draft: Draft) -> None:
         _copy(node, IMAGES_NAME, folder / IMAGES_NAME)
         return
     salt = draft.salt or b""
-    with read_images(node.folder / IMAGES_NAME) as images:
-        write_images(
-            folder / IMAGES_NAME,
-            ((_keyed(salt, digest), role) for digest, role in images),
-            images.roles,
-            salt_sha256=hashlib.sha256(salt).hexdigest(),
-        )
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        plain = Path(scratch) / IMAGES_NAME
+        _copy(node, IMAGES_NAME, plain)  # the very bytes that were hashed are keyed
+        with read_images(plain) as images:
+            write_images(
+                folder / IMAGES_NAME,
+                ((_keyed(salt, digest), role) for digest, role in images),
+                images.roles,
+                salt_sha256=hashlib.sha256(salt).hexdigest(),
+            )
 
 
 def _keyed(salt: bytes, digest: bytes) -> bytes:

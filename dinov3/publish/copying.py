@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,7 +94,9 @@ def appearing(target: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         yield hidden
+        sync_tree(hidden)
         hidden.rename(target)
+        sync_folder(target.parent)
     except OSError as error:
         msg = f"{target}: cannot be written: {error}. Free the disk or name another folder."
         raise StoreError(msg) from error
@@ -101,7 +104,7 @@ def appearing(target: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def copy_stream(source: BinaryIO, target: BinaryIO, on_bytes: OnBytes = ignore) -> str:
+def copy_stream(source: BinaryIO | FileIO, target: BinaryIO, on_bytes: OnBytes = ignore) -> str:
     """Copies in chunks; returns the sha256 of what passed."""
     digest = hashlib.sha256()
     while chunk := source.read(CHUNK):
@@ -120,22 +123,49 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Makes the names in a folder and below it durable."""
+    for place, _, _ in os.walk(folder):
+        sync_folder(Path(place))
+
+
 def copy_release(folder: Path, release: Release, content: Path, on_bytes: OnBytes) -> None:
-    """Copies every file and makes files and folders durable."""
+    """Copies every file and makes files and folders durable.
+
+    Copies, never hard links: what is edited in place later must stay the user's alone.
+
+    Raises:
+        StoreError: The release is changing.
+    """
     for name, digest in release.hashes.items():
-        if copy_file(folder, name, content / name, on_bytes) != digest:
+        with open_published(folder, name) as source:
+            found = write_file(source, content / name, on_bytes)
+        if found != digest:
             msg = f"{folder / name}: changed while it was published. Run it again."
             raise StoreError(msg)
-    for place, _, _ in os.walk(content):
-        sync_folder(Path(place))
+    sync_tree(content)
     sync_folder(content.parent)
 
 
-def copy_file(folder: Path, name: str, target: Path, on_bytes: OnBytes) -> str:
-    """A copy, never a hard link: what is edited in place later must stay the user's alone."""
+def open_published(folder: Path, name: str) -> FileIO:
+    """A file of a release that was hashed a moment ago.
+
+    Raises:
+        StoreError: It is gone, or no regular file any more.
+    """
+    try:
+        return open_below(folder, name)
+    except (OSError, Refused) as error:
+        why = visible(str(error))
+        msg = f"{folder}: changed while it was published: {why}. Run it again."
+        raise StoreError(msg) from error
+
+
+def write_file(source: BinaryIO | FileIO, target: Path, on_bytes: OnBytes) -> str:
+    """Writes a stream to a new, durable file; returns the sha256 of what passed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open_below(folder, name) as reader, target.open("xb") as writer:
-        digest = copy_stream(reader, writer, on_bytes)
+    with target.open("xb") as writer:
+        digest = copy_stream(source, writer, on_bytes)
         writer.flush()
         os.fsync(writer.fileno())
         if hasattr(os, "posix_fadvise"):  # read back from the disk, not from memory

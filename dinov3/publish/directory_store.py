@@ -14,10 +14,12 @@ What lies where:
 import contextlib
 import errno
 import fcntl
+import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,11 +28,11 @@ from dinov3.publish.copying import (
     appearing,
     check_back,
     check_fetched,
-    copy_file,
     copy_release,
     link_new,
     read_release,
     sync_folder,
+    write_file,
 )
 from dinov3.publish.directory_index import RESTORE, Index, Line, read_object, read_small
 from dinov3.publish.entry import (
@@ -44,10 +46,14 @@ from dinov3.publish.entry import (
 )
 from dinov3.publish.private_key import PrivateKey
 from dinov3.publish.store_receipts import (
-    UNREADABLE,
+    WITHDRAWALS,
+    check_withdrawn,
     compare_receipts,
     leave_receipt,
-    read_withdrawal,
+    odd_withdrawals,
+    reason_in,
+    stored_reason,
+    withdrawal_name,
 )
 from dinov3.release.files import list_files
 from dinov3.release.opening import open_below
@@ -127,32 +133,24 @@ class DirectoryStore:
     def withdraw(self, model: str, version: str, envelope: bytes) -> None:
         """Attaches a withdrawal; the first one stays."""
         entry = find_entry(self.entries(), model, version)
-        said = read_withdrawal(envelope)
-        if (said.model, said.version, said.digest) != (entry.model, entry.version, entry.digest):
-            msg = f"{entry.name}: the withdrawal names {said.model}@{said.version} {said.digest}."
-            raise StoreError(msg)
-        with self._writing(), self._locked():
-            place = self.root / "withdrawals" / f"{entry.name}.json"
-            if not place.exists():
-                link_new(place, envelope, self.root)
-        reason = find_entry(self.entries(), model, version).withdrawn
-        if reason != said.reason:
-            msg = f"{entry.name}: already withdrawn, because: {visible(str(reason))}. Leave it so."
-            raise StoreError(msg)
+        reason = reason_in(entry, envelope)
+        with self._writing(), self._locked(), contextlib.suppress(FileExistsError):
+            link_new(self.root / withdrawal_name(model, version), envelope, self.root)
+        check_withdrawn(find_entry(self.entries(), model, version), reason)
 
     def withdrawals(self) -> list[bytes]:
         """The envelopes of all withdrawals that can be read; `entries` tells of the others."""
-        found = []
-        for name in self._withdrawal_names():
-            with contextlib.suppress(StoreError):
-                found.append(read_small(self.root, name))
-        return found
+        found = map(self._envelope, self._withdrawal_names())
+        return [envelope for envelope in found if isinstance(envelope, bytes)]
 
     def _withdrawal_names(self) -> list[str]:
         return [
-            f"withdrawals/{path.name}"
-            for path in sorted((self.root / "withdrawals").glob("*.json"))
+            f"{WITHDRAWALS}{path.name}" for path in sorted((self.root / WITHDRAWALS).glob("*.json"))
         ]
+
+    def unfinished(self) -> list[Entry]:
+        """None: what is not visible holds no version here."""
+        return []
 
     def prune(self) -> list[str]:
         """Removes runs of dead publishers, and objects that no entry and no live run names."""
@@ -166,6 +164,7 @@ class DirectoryStore:
 
     def audit(self, receipts: Sequence[Receipt]) -> list[str]:
         """How the store contradicts the receipts or itself."""
+        withdrawals = self._withdrawal_names()  # first: what is withdrawn is published by then
         try:
             entries = self.entries()
         except StoreError as error:
@@ -175,23 +174,13 @@ class DirectoryStore:
             for entry in entries
             if not self._object(entry.digest).is_dir()
         ]
-        known = {f"withdrawals/{entry.name}.json" for entry in entries}
-        odd = [
-            f"{name}: withdraws nothing that is visible here"
-            for name in self._withdrawal_names()
-            if name not in known
-        ]
-        unreadable = [
-            f"{entry.name}: {entry.withdrawn}"
-            for entry in entries
-            if entry.withdrawn is not None and entry.withdrawn.startswith(UNREADABLE)
-        ]
-        return [*compare_receipts(self.identity, entries, receipts), *lost, *unreadable, *odd]
+        odd = odd_withdrawals(entries, withdrawals)
+        return [*compare_receipts(self.identity, entries, receipts), *lost, *odd]
 
     def _create(self) -> None:
         if (self.root / "store.json").exists():
             return
-        for name in ("index", "objects", "runs", "withdrawals"):
+        for name in ("index", "objects", "runs", WITHDRAWALS):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         head = canonical_json({"schema": SCHEMA, "id": secrets.token_hex(16)})
         with self._locked():
@@ -261,29 +250,26 @@ class DirectoryStore:
         return self.root / "objects" / digest
 
     def _entry(self, line: Line, identity: str) -> Entry:
-        reason = self._reason(line)
         audited, merged = (f"{identity}#{one}" for one in (line.release, line.digest))
-        return Entry(line.model, line.version, line.release, reason, audited, merged)
+        entry = Entry(line.model, line.version, line.release, None, audited, merged)
+        name = withdrawal_name(line.model, line.version)
+        if not os.path.lexists(self.root / name):
+            return entry
+        return replace(entry, withdrawn=stored_reason(entry, self._envelope(name)))
 
-    def _reason(self, line: Line) -> str | None:
-        """Why a release was withdrawn; a withdrawal that cannot be read counts as one."""
-        name = f"withdrawals/{line.model}@{line.version}.json"
-        path = self.root / name
-        if not path.exists() and not path.is_symlink():
-            return None
+    def _envelope(self, name: str) -> bytes | StoreError:
+        """A withdrawal, or why it cannot be read."""
         try:
-            said = read_withdrawal(read_small(self.root, name))
+            return read_small(self.root, name)
         except StoreError as error:
-            return f"{UNREADABLE}: {error}"
-        if (said.model, said.version, said.digest) != (line.model, line.version, line.release):
-            return f"{UNREADABLE}: it is of {visible(said.model)}@{visible(said.version)}"
-        return said.reason
+            return error
 
     def _copy_out(self, entry: Entry, partial: Path, on_bytes: OnBytes) -> None:
         folder = self._object(entry.digest)
         try:
             for name in list_files(folder):
-                copy_file(folder, name, partial / name, on_bytes)
+                with open_below(folder, name) as source:
+                    write_file(source, partial / name, on_bytes)
         except (Refused, CannotCheck) as error:
             raise _damaged(entry, error) from error
 

@@ -4,7 +4,6 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from dinov3.config import ReleaseConfig
@@ -83,18 +82,22 @@ class Draft:
         return fields
 
     @cached_property
+    def runs(self) -> tuple[dict[str, Any], ...]:
+        """Content of each `run.json`, in the order of the nodes; the chain's gate found them."""
+        return tuple(
+            parse_json((node.folder / RUN_NAME).read_bytes()) for node in self.evidence.nodes
+        )
+
+    @property
+    def began(self) -> datetime.datetime:
+        """When the first stage of the chain began, by its own clock."""
+        return _moment(min(float(run.get("started", 0)) for run in self.runs))
+
+    @property
     def made(self) -> datetime.datetime:
         """When the last stage of the chain had finished, by its own clock."""
-        times = [float(run_of(node).get("finished", 0)) for node in self.evidence.nodes]
-        return datetime.datetime.fromtimestamp(int(max(times)), datetime.UTC)
+        return _moment(max(float(run.get("finished", 0)) for run in self.runs))
 
 
-def run_of(node: Node) -> dict[str, Any]:
-    """Content of the `run.json` beside a record, which the chain's gate found to be there."""
-    run: dict[str, Any] = parse_json((node.folder / RUN_NAME).read_bytes())
-    return run
-
-
-def find_text(texts: Mapping[str, Path | None] | None) -> dict[str, Path]:
-    """The licence texts that are there."""
-    return {name: path for name, path in (texts or {}).items() if path is not None}
+def _moment(seconds: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)

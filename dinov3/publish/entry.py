@@ -104,6 +104,16 @@ def already_published(entry: Entry, digest: str) -> AlreadyPublished:
     )
 
 
+def not_finished(entry: Entry, digest: str) -> AlreadyPublished:
+    """The error for a version that a publisher of other bytes holds but has not made visible."""
+    return AlreadyPublished(
+        f"{entry.name}: held by a publisher of other bytes who is at work or was stopped, got "
+        f"release digest {digest}, the store has {entry.digest}, not visible yet. Publish that "
+        f"release again to finish it, or this one under the next version "
+        f"(dinov3 releases next {entry.model})."
+    )
+
+
 def not_published(model: str, version: str) -> StoreError:
     """The error for a version that is not visible."""
     return StoreError(

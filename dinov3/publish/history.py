@@ -67,7 +67,7 @@ class Series:
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """All dated reports of a model, by version and date.
+    """All dated reports of a model.
 
     Args:
         folder: Of the model; has a folder per version.
@@ -75,18 +75,17 @@ def read_reports(folder: Path) -> list[Report]:
     Raises:
         DataError: A file there is no such report.
     """
-    found = [_read_report(path) for path in folder.glob("*/*.json")]
-    return sorted(found, key=lambda one: (version_key(one["release"]["version"]), one["date"]))
+    return [_read_report(path) for path in sorted(folder.glob("*/*.json"))]
 
 
 def history_of(reports: Iterable[Report]) -> list[Series]:
     """One series per metric, in the order in which the metrics first appear.
 
     Args:
-        reports: Of one model, by version and date.
+        reports: Of one model, in any order.
     """
     found: dict[tuple[str, str, int], dict[str, list[tuple[Report, Report]]]] = {}
-    for report in reports:
+    for report in sorted(reports, key=_version_and_date):
         for row in report["metrics"]:
             measure = row["protocol"], row["metric"], row.get("k", 0)
             by_version = found.setdefault(measure, {})
@@ -116,6 +115,10 @@ def draw_history(model: str, history: Sequence[Series]) -> bytes:
         x, y = place % _COLUMNS * _WIDTH, place // _COLUMNS * _HEIGHT
         parts += [f'<g transform="translate({x},{y})">', *_panel(series), "</g>"]
     return "".join([*parts, "</svg>"]).encode()
+
+
+def _version_and_date(report: Report) -> tuple[tuple[int, ...], str]:
+    return version_key(report["release"]["version"]), report["date"]
 
 
 def _column(version: str, rows: Sequence[tuple[Report, Report]]) -> Column:

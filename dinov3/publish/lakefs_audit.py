@@ -12,7 +12,8 @@ def audit_history(main: Main) -> list[str]:
     """What stands on `main` that no publication made, and indexes that do not follow each other."""
     found: list[str] = []
     before: Line | None = None
-    for commit in reversed(list(main.lake.log(main.repo, MAIN))):
+    head = main.head()  # what is published meanwhile is no part of this audit
+    for commit in reversed(list(main.lake.log(main.repo, head))):
         if not commit.parents:
             continue  # the server's own, when the repository was made
         if commit.metadata.get("kind") not in _OURS:
@@ -25,7 +26,7 @@ def audit_history(main: Main) -> list[str]:
             continue
         found.extend(_contradictions(commit, before, line))
         before = line
-    if before is not None and main.line(main.head()) != before:
+    if before is not None and main.line(head) != before:
         found.append(f"{MAIN}: {INDEX} is not the one of the last change: rolled back")
     return found
 

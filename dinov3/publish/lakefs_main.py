@@ -72,19 +72,11 @@ class Main:
             and self.lake.stat(self.repo, MAIN, INDEX) is not None
         )
 
-    def history(self) -> Iterator[Commit]:
-        """Publications and withdrawals, newest first."""
-        for commit in self.lake.log(self.repo, MAIN):
-            if commit.metadata.get("kind") in ("publish", "withdraw"):
-                yield commit
-
-    def find(self, kind: str, model: str, version: str) -> Commit | None:
-        """The merge commit of a change, if it has landed."""
-        wanted = (kind, model, version)
-        for commit in self.history():
-            if tuple(commit.metadata.get(name) for name in ("kind", "model", "version")) == wanted:
-                return commit
-        return None
+    def history(self, commit: str = MAIN) -> Iterator[Commit]:
+        """Publications and withdrawals up to a commit, newest first."""
+        for found in self.lake.log(self.repo, commit):
+            if found.metadata.get("kind") in ("publish", "withdraw"):
+                yield found
 
     def set_up(self) -> None:
         """Makes the repository, its index and its guards, unless they are there.
@@ -104,14 +96,31 @@ class Main:
                 self._refuse_other_use(base)
             self._land_set_up(base, has_index)
 
-    def land(self, change: Change, on_step: OnStep, on_bytes: OnBytes) -> str:
-        """Merges a change into `main`; returns the merge commit, or that of an earlier equal one.
+    def land(self, change: Change, on_step: OnStep, on_bytes: OnBytes) -> Commit:
+        """Merges a change into `main`, unless one of its kind and version stands there.
+
+        Returns:
+            The merge commit of the one that stands there now, whose digest may be another.
 
         Raises:
             LineageBroken: The server's bytes are not those sent.
             StoreError: The server failed, or others were always faster.
         """
         base = self.head()
+        return self._landed(base, change) or self._land_on(base, change, on_step, on_bytes)
+
+    def _landed(self, head: str, change: Change) -> Commit | None:
+        """The merge commit of a change of this kind and version, where `main` still holds it."""
+        if next(self.lake.list(self.repo, head, change.prefix), None) is None:
+            return None
+        wanted = (change.kind, change.model, change.version)
+        for commit in self.history(head):
+            if tuple(commit.metadata.get(name) for name in ("kind", "model", "version")) == wanted:
+                return commit
+        return None
+
+    def _land_on(self, base: str, change: Change, on_step: OnStep, on_bytes: OnBytes) -> Commit:
+        """Whatever lands after `base` makes a conflict with this."""
         with run_branch(self.lake, self.repo, base) as branch:
             on_step("staged")
             self._upload(branch, change, on_bytes)
@@ -123,14 +132,12 @@ class Main:
                 self.check(audited, change, line)
                 if number == 0:
                     on_step("read_back")
-                merged = self._merge(audited, line)
-                if merged is not None:
+                if self._merge(audited, line) is not None:
                     on_step("merged")
-                    return merged
-                other = self.find(change.kind, change.model, change.version)
-                if other is not None:
-                    return other.id
                 base = self.head()
+                landed = self._landed(base, change)
+                if landed is not None:
+                    return landed
                 self.lake.merge(
                     self.repo, base, branch, "on top of main", on_conflict="source-wins"
                 )

@@ -34,7 +34,7 @@ def run_branch(lake: Lake, repo: str, base: str) -> Iterator[str]:
         finally:
             with contextlib.suppress(StoreError):  # what went wrong before is worth more
                 lake.delete_branch(repo, branch)
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def prune_runs(lake: Lake, repo: str) -> list[str]:

@@ -12,13 +12,20 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
 from dinov3.errors import LineageBroken, StoreError, StoreMissing
 from dinov3.lake import Commit, Lake
-from dinov3.publish.copying import appearing, check_fetched, copy_stream, read_release
+from dinov3.publish.copying import (
+    appearing,
+    check_fetched,
+    open_published,
+    read_release,
+    write_file,
+)
 from dinov3.publish.entry import (
     Entry,
     OnBytes,
@@ -27,21 +34,29 @@ from dinov3.publish.entry import (
     already_published,
     check_name,
     ignore,
+    not_finished,
     not_published,
 )
 from dinov3.publish.lakefs_audit import audit_history
 from dinov3.publish.lakefs_main import MAIN, Change, Main
 from dinov3.publish.lakefs_runs import prune_runs
 from dinov3.publish.private_key import PrivateKey
-from dinov3.publish.store_receipts import compare_receipts, leave_receipt, read_withdrawal
+from dinov3.publish.store_receipts import (
+    WITHDRAWALS,
+    check_withdrawn,
+    compare_receipts,
+    leave_receipt,
+    odd_withdrawals,
+    reason_in,
+    stored_reason,
+    withdrawal_name,
+)
 from dinov3.release.files import SUMS_NAME, UNLISTED, parse_sums
-from dinov3.release.opening import open_below
 from dinov3.release.receipts import Receipt
-from dinov3.release.refusals import CannotCheck, Refused
+from dinov3.release.refusals import Refused
 
 TAG = re.compile(r"release\.([a-z0-9][a-z0-9_-]*)\.(\d+\.\d+\.\d+)")
 _REPO = re.compile(r"[a-z0-9][a-z0-9-]{2,62}")
-_WITHDRAWALS = "withdrawals/"
 _MAX_SUMS = 64 << 20  # bytes
 _MAX_ENVELOPE = 1 << 20  # bytes
 _RESTORE = "Restore the store."
@@ -95,22 +110,37 @@ class LakefsStore:
             entry = self._make_visible(folder, release, on_step, on_bytes)
         else:
             entry = self._published(release.model, release.version)
-            _check_same(entry, release)
+            if entry.digest != release.digest:
+                raise already_published(entry, release.digest)
         leave_receipt(entry, log=log, key=key)
         on_step("receipted")
         return entry
 
     def entries(self) -> list[Entry]:
         """All visible releases, oldest first."""
-        identity, reasons = self.identity, self._reasons()
-        tags = self._lake.tags(self._repo, "release.")
-        history = {commit.id: commit for commit in self._main.history()}
+        identity, withdrawn = self.identity, self._envelopes()
+        tags, history = self._tags_and_history()
         places = {commit: place for place, commit in enumerate(history)}
         found = [
-            (places.get(commit, -1), _entry(identity, tag, history.get(commit), reasons))
+            (places.get(commit, -1), _entry(identity, tag, history.get(commit), withdrawn))
             for tag, commit in tags.items()
         ]
         return [entry for _, entry in sorted(found, key=lambda one: one[0], reverse=True)]
+
+    def unfinished(self) -> list[Entry]:
+        """Merged but not tagged; see `Store`."""
+        identity = self.identity
+        merged: dict[str, Commit] = {}
+        for commit in self._main.history():
+            said = commit.metadata
+            if said["kind"] == "publish":
+                merged.setdefault(_tag(said.get("model", ""), said.get("version", "")), commit)
+        tags = self._lake.tags(self._repo, "release.")  # after it: what is tagged is finished
+        return [
+            _entry(identity, tag, commit, {})
+            for tag, commit in reversed(merged.items())
+            if tag not in tags
+        ]
 
     def fetch(self, model: str, version: str, target: Path, *, on_bytes: OnBytes = ignore) -> Entry:
         """Copies a release out; the target appears once its digest was found right."""
@@ -132,27 +162,19 @@ class LakefsStore:
     def withdraw(self, model: str, version: str, envelope: bytes) -> None:
         """Attaches a withdrawal; the first one stays."""
         entry = self._published(model, version)
-        said = read_withdrawal(envelope)
-        if (said.model, said.version, said.digest) != (entry.model, entry.version, entry.digest):
-            msg = f"{entry.name}: the withdrawal names {said.model}@{said.version} {said.digest}."
-            raise StoreError(msg)
+        reason = reason_in(entry, envelope)
         if entry.withdrawn is None:
             self._main.land(_withdrawal(entry, envelope), ignore, ignore)
             entry = self._published(model, version)  # another one may have been first
-        if entry.withdrawn != said.reason:
-            msg = f"{entry.name}: already withdrawn, because: {entry.withdrawn}. Leave it so."
-            raise StoreError(msg)
+        check_withdrawn(entry, reason)
 
     def withdrawals(self) -> list[bytes]:
-        """The envelopes of all withdrawals."""
-        head = self._main.head()
-        return [
-            self._lake.read(self._repo, head, stat.path, max_size=_MAX_ENVELOPE)
-            for stat in self._lake.list(self._repo, head, _WITHDRAWALS)
-        ]
+        """The envelopes of all withdrawals that can be read; `entries` tells of the others."""
+        found = self._envelopes().values()
+        return [envelope for envelope in found if isinstance(envelope, bytes)]
 
     def prune(self) -> list[str]:
-        """Removes branches of dead publishers; a release merged but not tagged stays to finish."""
+        """Removes branches of dead publishers; what is merged but not tagged is `unfinished`."""
         _ = self.identity
         return prune_runs(self._lake, self._repo)
 
@@ -160,34 +182,35 @@ class LakefsStore:
         """How the store contradicts the receipts or itself."""
         self._identity = None  # another store may have taken its place
         try:
-            identity, reasons = self.identity, self._reasons()
+            identity, withdrawn = self.identity, self._envelopes()
         except (StoreMissing, LineageBroken) as error:
             return [str(error)]
-        history = {commit.id: commit for commit in self._main.history()}
+        tags, history = self._tags_and_history()
         entries, found = [], audit_history(self._main)
-        for tag, commit in self._lake.tags(self._repo, "release.").items():
+        for tag, commit in tags.items():
             try:
-                entries.append(_entry(identity, tag, history.get(commit), reasons))
+                entries.append(_entry(identity, tag, history.get(commit), withdrawn))
             except StoreError as error:
                 found.append(str(error))
-        return [*compare_receipts(identity, entries, receipts), *found]
+        odd = odd_withdrawals(entries, withdrawn)
+        return [*compare_receipts(identity, entries, receipts), *odd, *found]
 
     def _make_visible(
         self, folder: Path, release: Release, on_step: OnStep, on_bytes: OnBytes
     ) -> Entry:
         """Lands and tags, from wherever an earlier publisher of the same bytes was stopped."""
-        change = _publication(folder, release)
-        landed = self._main.find("publish", release.model, release.version)
-        if landed is None:
-            self._main.land(change, on_step, on_bytes)
-            landed = self._main.find("publish", release.model, release.version)
-        tag = _tag(release.model, release.version)
-        entry = _entry(self.identity, tag, landed, self._reasons())
-        _check_same(entry, release)
+        name = release.model, release.version
+        change, tag = _publication(folder, release), _tag(*name)
+        landed = self._main.land(change, on_step, on_bytes)
+        entry = _entry(self.identity, tag, landed, self._envelopes(withdrawal_name(*name)))
+        if entry.digest != release.digest:
+            is_visible = self._lake.find(self._repo, tag) is not None
+            raise (already_published if is_visible else not_finished)(entry, release.digest)
         self._main.check(_commit(entry), change)
         if not self._lake.tag(self._repo, tag, _commit(entry)):
-            entry = self._published(release.model, release.version)  # an equal publisher's
-            _check_same(entry, release)
+            entry = self._published(*name)  # an equal publisher's
+            if entry.digest != release.digest:
+                raise already_published(entry, release.digest)
         on_step("tagged")
         return entry
 
@@ -199,11 +222,26 @@ class LakefsStore:
         if commit is None:
             raise not_published(model, version)
         found = next((one for one in self._main.history() if one.id == commit), None)
-        return _entry(identity, _tag(model, version), found, self._reasons())
+        withdrawn = self._envelopes(withdrawal_name(model, version))
+        return _entry(identity, _tag(model, version), found, withdrawn)
 
-    def _reasons(self) -> dict[str, str]:
-        said = [read_withdrawal(envelope) for envelope in self.withdrawals()]
-        return {f"{one.model}@{one.version}": one.reason for one in said}
+    def _tags_and_history(self) -> tuple[dict[str, str], dict[str, Commit]]:
+        """In this order: a release that is tagged in between is in the history, else it is odd."""
+        tags = self._lake.tags(self._repo, "release.")
+        return tags, {commit.id: commit for commit in self._main.history()}
+
+    def _envelopes(self, prefix: str = WITHDRAWALS) -> dict[str, bytes | StoreError]:
+        """Withdrawals by name; where one cannot be read, why."""
+        head = self._main.head()
+        listed = self._lake.list(self._repo, head, prefix)
+        return {stat.path: self._envelope(head, stat.path) for stat in listed}
+
+    def _envelope(self, head: str, path: str) -> bytes | StoreError:
+        try:
+            return self._lake.read(self._repo, head, path, max_size=_MAX_ENVELOPE)
+        except StoreError as error:
+            self._main.head()  # raises where the server is away: that is nobody's withdrawal
+            return error
 
     def _copy_out(self, entry: Entry, partial: Path, on_bytes: OnBytes) -> None:
         prefix, commit = _prefix(entry.model, entry.version), _commit(entry)
@@ -218,17 +256,15 @@ class LakefsStore:
         if odd := (there - UNLISTED) ^ sums.keys():
             raise _damaged(entry, f"{min(odd)!r}: unlisted or missing")
         for name in sorted(there):
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            with (
-                self._lake.open(self._repo, commit, prefix + name) as source,
-                (partial / name).open("wb") as copy,
-            ):
-                found = copy_stream(source, copy, on_bytes)
+            with self._lake.open(self._repo, commit, prefix + name) as source:
+                found = write_file(source, partial / name, on_bytes)
             if found != sums.get(name, found):
                 raise _damaged(entry, f"{name}: its sha256 is {found}, not {sums[name]}")
 
 
-def _entry(identity: str, tag: str, commit: Commit | None, reasons: Mapping[str, str]) -> Entry:
+def _entry(
+    identity: str, tag: str, commit: Commit | None, withdrawn: Mapping[str, bytes | StoreError]
+) -> Entry:
     """What a tag makes visible; the commit's metadata are bound by its id."""
     named = TAG.fullmatch(tag)
     said = commit.metadata if commit else {}
@@ -240,33 +276,25 @@ def _entry(identity: str, tag: str, commit: Commit | None, reasons: Mapping[str,
     if audited not in commit.parents:
         raise StoreError(f"{tag}: its commit did not merge what it calls audited. {_RESTORE}")
     model, version = named.groups()
-    return Entry(
-        model,
-        version,
-        said.get("digest", ""),
-        reasons.get(f"{model}@{version}"),
-        f"{identity}#{audited}",
-        f"{identity}#{commit.id}",
-    )
+    places = f"{identity}#{audited}", f"{identity}#{commit.id}"
+    entry = Entry(model, version, said.get("digest", ""), None, *places)
+    envelope = withdrawn.get(withdrawal_name(model, version))
+    return entry if envelope is None else replace(entry, withdrawn=stored_reason(entry, envelope))
 
 
 def _publication(folder: Path, release: Release) -> Change:
     prefix = _prefix(release.model, release.version)
 
     def opened(path: str) -> tuple[BinaryIO, int]:
-        try:
-            stream = open_below(folder, path.removeprefix(prefix))
-            return stream, os.fstat(stream.fileno()).st_size
-        except (OSError, Refused, CannotCheck) as error:
-            msg = f"{folder}: changed while it was published: {error}. Run it again."
-            raise StoreError(msg) from error
+        stream = open_published(folder, path.removeprefix(prefix))
+        return stream, os.fstat(stream.fileno()).st_size
 
     hashes = {prefix + name: digest for name, digest in release.hashes.items()}
     return Change("publish", release.model, release.version, release.digest, prefix, hashes, opened)
 
 
 def _withdrawal(entry: Entry, envelope: bytes) -> Change:
-    path = f"{_WITHDRAWALS}{entry.name}.json"
+    path = withdrawal_name(entry.model, entry.version)
     digest = sha256(envelope).hexdigest()
     return Change(
         "withdraw",
@@ -277,11 +305,6 @@ def _withdrawal(entry: Entry, envelope: bytes) -> Change:
         {path: digest},
         lambda _: (io.BytesIO(envelope), len(envelope)),
     )
-
-
-def _check_same(entry: Entry, release: Release) -> None:
-    if entry.digest != release.digest:
-        raise already_published(entry, release.digest)
 
 
 def _damaged(entry: Entry, why: str) -> LineageBroken:

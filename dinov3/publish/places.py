@@ -1,6 +1,7 @@
 """Where a release is written: over nothing that it is made of, and untold in its files."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from dinov3.stage import CHECKOUT
 FOLDER = "release"  # of the release, in its stage's folder
 
 _TEXT_ENDINGS = {".json", ".jsonl", ".md"}
+# not the `/data` of `my/data/x` or `/database`; in JSON a line of text may begin after `\n`
+_WHOLE_PATH = rb"(?:(?<![\w.-])|(?<=\\[nrt]))(%b)(?![\w.-])"
 
 
 def refuse_occupied(
@@ -79,15 +82,14 @@ def refuse_traces(folder: Path, places: Iterable[Path]) -> None:
     Raises:
         ReleaseRefused: A file does; the record that says so was made from an absolute path.
     """
-    known = [Path.home(), CHECKOUT, *places]
-    needles = sorted({f"{place}/".encode() for place in known if len(place.parts) > 1})
+    known = sorted({f"{place}" for place in (Path.home(), CHECKOUT, *places)} - {"/"})
+    needle = re.compile(_WHOLE_PATH % b"|".join(re.escape(name.encode()) for name in known))
     for path in sorted(folder.rglob("*")):
         if path.suffix in _TEXT_ENDINGS and path.is_file():
-            data = path.read_bytes()
-            found = next((needle for needle in needles if needle in data), None)
+            found = needle.search(path.read_bytes())
             if found is not None:
                 msg = (
                     f"{path.relative_to(folder)}: names a folder of this machine, got "
-                    f"{found.decode()}. Make that stage again with relative paths."
+                    f"{found[1].decode()}. Make that stage again with relative paths."
                 )
                 raise ReleaseRefused(msg)

@@ -141,6 +141,15 @@ def load_key(name_or_path: str | Path, folder: Path | None = None) -> PrivateKey
     return PrivateKey(path, public_pem(public), fingerprint_of(public), secret, passphrase)
 
 
+def has_passphrase(path: Path) -> bool:
+    """Whether a private key is encrypted; nothing is asked, and it is not opened.
+
+    Raises:
+        DinoError: It is missing, readable by others or in a checkout, as for `load_key`.
+    """
+    return _is_encrypted(_read_private(path))
+
+
 def check_name(name: str) -> None:
     """Refuses what is no name of a key.
 
@@ -215,8 +224,12 @@ def _refuse_shared(path: Path, mode: int) -> None:
         raise KeyUnusable(msg)
 
 
+def _is_encrypted(pem: bytes) -> bool:
+    return b"ENCRYPTED" in pem
+
+
 def _passphrase_of(path: Path, pem: bytes) -> bytes | None:
-    if b"ENCRYPTED" not in pem:
+    if not _is_encrypted(pem):
         return None
     given = os.environ.get(PASSPHRASE_VARIABLE)
     if given is None:

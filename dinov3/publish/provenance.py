@@ -5,12 +5,12 @@ more than Build L1: the builder is whoever ran the command and holds the key.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from dinov3 import __version__
-from dinov3.gates import stem
-from dinov3.publish.draft import Draft, run_of
+from dinov3.gates import Root, stem
+from dinov3.publish.draft import Draft
 from dinov3.release.contents import (
     CHECKS_NAME,
     CONFIG_NAME,
@@ -38,7 +38,6 @@ def statement(draft: Draft, digests: Mapping[str, str]) -> dict[str, Any]:
         draft: The release.
         digests: sha256 of its files by path, of those that are written already.
     """
-    runs = [run_of(node) for node in draft.evidence.nodes]
     return {
         "_type": STATEMENT_TYPE,
         "subject": list(_resources(digests, _SUBJECTS)),
@@ -51,7 +50,9 @@ def statement(draft: Draft, digests: Mapping[str, str]) -> dict[str, Any]:
                     "version": draft.version,
                     "recipe": draft.recipe,
                     "overrides": list(draft.overrides),
-                    "source": [_named(root) for root in _sources(draft)],
+                    "source": [
+                        _named(root) for root in draft.evidence.roots if root.role == "source"
+                    ],
                 },
                 "internalParameters": {
                     "config_digest": draft.evidence.final.record.config_digest,
@@ -64,8 +65,8 @@ def statement(draft: Draft, digests: Mapping[str, str]) -> dict[str, Any]:
                 "builder": {"id": BUILDER, "version": {"dinov3": __version__}},
                 "metadata": {
                     "invocationId": draft.evidence.final.digest,
-                    "startedOn": _moment(min(float(run.get("started", 0)) for run in runs)),
-                    "finishedOn": _moment(max(float(run.get("finished", 0)) for run in runs)),
+                    "startedOn": _timestamp(draft.began),
+                    "finishedOn": _timestamp(draft.made),
                 },
                 "byproducts": list(_resources(digests, _BYPRODUCTS)),
             },
@@ -89,7 +90,7 @@ def _dependencies(draft: Draft) -> Iterator[dict[str, Any]]:
         yield {"name": "code", "digest": {"sha256": code}}
     for lock in sorted({node.record.environment for node in nodes}):
         yield {"name": "requirements.lock", "digest": {"sha256": lock}}
-    yield from _commits([run_of(node) for node in nodes])
+    yield from _commits(draft.runs)
     for node in nodes:
         yield {"name": f"records/{stem(node)}.json", "digest": {"sha256": node.digest}}
     for root in draft.evidence.roots:
@@ -105,14 +106,10 @@ def _commits(runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def _sources(draft: Draft) -> Iterator[Any]:
-    return (root for root in draft.evidence.roots if root.role == "source")
-
-
-def _named(root: Any) -> dict[str, Any]:
+def _named(root: Root) -> dict[str, Any]:
     return {"name": root.name, "sha256": root.sha256}
 
 
-def _moment(seconds: float) -> str:
-    """RFC 3339, whole seconds, UTC; by the clock of the machine, which nobody vouches for."""
-    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _timestamp(moment: datetime) -> str:
+    """RFC 3339; by the clock of the machine, which nobody vouches for."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

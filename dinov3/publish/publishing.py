@@ -25,6 +25,7 @@ from dinov3.publish.store import (
     find_entry,
     ignore,
     is_of,
+    log_keys,
     read_log,
     read_release,
 )
@@ -32,7 +33,7 @@ from dinov3.release.audit import Audit, Question, audit_release
 from dinov3.release.envelope import open_among
 from dinov3.release.files import SIGNATURE_NAME, read_file
 from dinov3.release.public_key import key_hint, load_public_key
-from dinov3.release.receipts import Receipt, read_keys
+from dinov3.release.receipts import Receipt
 from dinov3.release.record import RecordError, parse_json
 from dinov3.release.refusals import CannotCheck, Refused
 from dinov3.release.render import visible
@@ -88,7 +89,12 @@ def is_made(store: Store) -> bool:
 
 
 def verify_release(
-    folder: Path, *, keys: Sequence[bytes], log: Path, expect: str | None = None
+    folder: Path,
+    *,
+    keys: Sequence[bytes],
+    log: Path,
+    expect: str | None = None,
+    where: str | None = None,
 ) -> Audit:
     """Lets the verifier judge a folder.
 
@@ -97,6 +103,7 @@ def verify_release(
         keys: Public keys in PEM, one of which must have signed it; none leaves the signer open.
         log: Folder of the log of releases, whose revoked keys sign nothing.
         expect: `MODEL@VERSION` it must be.
+        where: What to call it in an error; by default the folder.
 
     Raises:
         ReleaseRefused: It does not hold.
@@ -109,11 +116,11 @@ def verify_release(
     try:
         return audit_release(folder, question)
     except Refused as error:
-        msg = f"{folder}: refused, {error.name}: {visible(str(error))}."
-        raise ReleaseRefused(msg) from error
+        why = visible(str(error)).rstrip(".")
+        raise ReleaseRefused(f"{where or folder}: refused, {error.name}: {why}.") from error
     except CannotCheck as error:
-        msg = f"{folder}: cannot be checked: {visible(str(error))}."
-        raise StoreError(msg) from error
+        why = visible(str(error)).rstrip(".")
+        raise StoreError(f"{where or folder}: cannot be checked: {why}.") from error
 
 
 def read_built(folder: Path, model: str) -> Release:
@@ -177,9 +184,10 @@ def fetch_release(
     try:
         with appearing(target) as hidden:
             store.fetch(*name, hidden, on_bytes=on_bytes)
-            verified = verify_release(hidden, keys=keys, log=log, expect=entry.name)
+            where = f"{entry.name}: the store's copy"
+            verified = verify_release(hidden, keys=keys, log=log, expect=entry.name, where=where)
     except ReleaseRefused as error:
-        msg = f"{entry.name}: the store's copy: {error} Do not use it."
+        msg = f"{error} Do not use it."
         raise LineageBroken(msg) from error
     return Fetched(entry, verified.signer.fingerprint)
 
@@ -232,7 +240,11 @@ def withdrawn_because(entry: Entry, receipts: Iterable[Receipt]) -> str | None:
 
 
 def signer_of(view: View, keys: Iterable[bytes]) -> str | None:
-    """Fingerprint of the key, among several, that signed a stored release; None when none did."""
+    """Fingerprint of the key, among several, that signed a stored release; None when none did.
+
+    Raises:
+        StoreError: One is no public key.
+    """
     if view.signature is None:
         return None
     with tempfile.TemporaryDirectory() as scratch:
@@ -242,6 +254,8 @@ def signer_of(view: View, keys: Iterable[bytes]) -> str | None:
                 return verify_signature(Path(scratch), view.digests, key).fingerprint
             except Refused:
                 continue
+            except CannotCheck as error:
+                raise StoreError(visible(str(error))) from error
     return None
 
 
@@ -275,7 +289,7 @@ def audit_store(
         receipts = read_log(log, keys)
     except StoreError as error:
         return [str(error)]
-    known = [*read_keys(log), *keys]
+    known = [*log_keys(log), *keys]
     findings = store.audit(receipts)
     for envelope in store.withdrawals():
         try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from dinov3.stage import CHECKOUT, code_digest
 _UNTRACKED = (
     "untracked: "  # begins a line of a recorded diff: a file of which only the name is known
 )
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _DIGEST = "from dinov3.stage import code_digest; print(code_digest())"
 _RUNS = """
 import json
@@ -37,26 +39,35 @@ def environment_of(code: Path) -> dict[str, str]:
     }
 
 
-def find_code(digest: str, run: Mapping[str, Any], scratch: Path) -> Path:
+def find_code(digest: str, run: Mapping[str, Any], scratch: Path, *, is_trusted: bool) -> Path:
     """A checkout whose code has this digest.
 
     Args:
         digest: `code` of the record.
         run: Content of the run.json beside it: commit and, of a dirty run, the difference.
-        scratch: Where a clone is put, by its commit.
+        scratch: Where a clone is put, by the digest of its code.
+        is_trusted: Whether a difference may be laid over a commit: it comes with the release, and
+            what it changes is run.
 
     Raises:
-        DataError: Neither this checkout nor its history holds that code.
+        DataError: Neither this checkout nor its history holds that code, or it must not be run.
     """
     if code_digest() == digest:
         return CHECKOUT
     commit = run.get("commit")
-    if not commit:
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):  # git would take an option
         msg = f"code {digest[:12]}: its run names no commit, got {commit!r}. Install that version."
+        raise DataError(msg)
+    diff = str(run.get("diff") or "")
+    if diff and not is_trusted:
+        msg = (
+            f"code {digest[:12]}: changed after its commit by a difference that comes with the "
+            "release, got no key that vouches for it. Give --key."
+        )
         raise DataError(msg)
     clone = scratch / digest[:12]
     if not clone.exists():
-        _clone(clone, str(commit), str(run.get("diff") or ""))
+        _clone(clone, commit, diff)
     found = _run([sys.executable, "-c", _DIGEST], "code", env=environment_of(clone)).strip()
     if found != digest:
         msg = (

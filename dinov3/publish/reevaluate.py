@@ -8,19 +8,19 @@ from the release's own record: figures made otherwise could not be compared. It 
 would find nothing changed and skip it.
 """
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from pydantic import ValidationError
 
 from dinov3.config import EvalsConfig, config_digest
@@ -34,15 +34,16 @@ from dinov3.publish.benchmark import Benchmark, Collection, contamination, open_
 from dinov3.publish.comparison import Row, compare, require_judged, require_known
 from dinov3.publish.history import SCHEMA, draw_history, history_of, read_reports
 from dinov3.publish.reevaluation_page import render_reevaluation
+from dinov3.publish.signed_log import locked
 from dinov3.publish.store import Entry, open_store, split_name
 from dinov3.publish.verified import verified_signer
 from dinov3.release.atomic import atomic_write
+from dinov3.release.contents import EVALS_NAME, MODEL_NAME, RELEASE_NAME
 from dinov3.release.record import canonical_json, parse_json, read_record
 from dinov3.stage import code_digest
 
-WEIGHTS_NAME = "model.safetensors"
-
 _SCRATCH = ".fetched-"
+_OF_DISK = (errno.ENOSPC, errno.ENOLCK, errno.ENOTSUP)  # such an error names no file
 _DATE = "%Y-%m-%dT%H-%M-%SZ"
 
 
@@ -82,11 +83,13 @@ def reevaluate(
     Raises:
         StoreError: The release is not there, or was withdrawn.
         LineageBroken: It is not what its signature says.
-        DataError: The pictures cannot be used, or a metric of the recipe cannot be judged on them.
+        DataError: The pictures cannot be used, a metric of the recipe is unknown or cannot be
+            judged on them, or the reports cannot be read or written.
     """
     require_known(config)
     model, version = split_name(release)
     with _scratch(output) as scratch:
+        read_reports(output / model)  # what they lack is said before hours are spent
         place = open_store(store)
         entry = place.fetch(model, version, scratch / "release")
         if entry.withdrawn is not None:
@@ -94,7 +97,7 @@ def reevaluate(
             raise StoreError(msg)
         signer = verified_signer(scratch / "release", key, release, place)
         content = _content(scratch, entry, signer, benchmark, config)
-    return _write(output / model, version, rounded(content))
+        return _write(output / model, version, rounded(content))
 
 
 def _content(
@@ -106,7 +109,7 @@ def _content(
 ) -> dict[str, Any]:
     """The report: figures of today beside those of the verified release in `scratch`."""
     folder = scratch / "release"
-    head, released = _read(folder / "release.json"), _read(folder / "evals.json")
+    head, released = _read(folder / RELEASE_NAME), _read(folder / EVALS_NAME)
     settings = _settings(folder, head, config.run)
     collection = open_benchmark(benchmark, settings)
     proof = contamination(folder, head, collection.table)
@@ -149,7 +152,7 @@ def _candidate(folder: Path, scratch: Path, run: ReevaluationRun) -> Candidate:
     """The release's weights under the names that artifacts have."""
     artifact = scratch / "artifact"
     artifact.mkdir()
-    for name, released in ((BACKBONE_NAME, WEIGHTS_NAME), (CONFIG_NAME, CONFIG_NAME)):
+    for name, released in ((BACKBONE_NAME, MODEL_NAME), (CONFIG_NAME, CONFIG_NAME)):
         (artifact / name).symlink_to(folder.resolve() / released)
     return open_candidate(artifact, None, choose_device(run.device))
 
@@ -174,7 +177,7 @@ def _identity(entry: Entry, head: Row, signer: str | None) -> dict[str, Any]:
         "model": entry.model,
         "version": entry.version,
         "digest": entry.digest,
-        "tensors": head["tensors"][WEIGHTS_NAME],
+        "tensors": head["tensors"][MODEL_NAME],
         "signer": signer,
     }
 
@@ -228,22 +231,31 @@ def _write_new(path: Path, data: bytes) -> bool:
 def _scratch(output: Path) -> Iterator[Path]:
     """A folder beside the reports, where there is room for weights; those of the dead are removed.
 
+    A run holds a lock on its folder, which the system lifts whenever and however the run ends.
+
     Raises:
         DataError: Nothing can be written there.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for left in output.glob(f"{_SCRATCH}*"):
-            pid = left.name.removeprefix(_SCRATCH).partition("-")[0]
-            if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-                shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", dir=output) as made:
+        with ExitStack() as own:
+            with locked(output):  # nobody clears a folder before it is locked
+                for left in output.glob(f"{_SCRATCH}*"):
+                    _clear(left)
+                made = own.enter_context(tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=output))
+                own.enter_context(locked(Path(made)))
             yield Path(made)
     except OSError as error:
-        if error.filename is None or not str(error.filename).startswith(str(output)):
+        if error.errno not in _OF_DISK and not str(error.filename).startswith(str(output)):
             raise
         msg = f"{output}: cannot be written: {error}. Free the disk or choose another folder."
         raise DataError(msg) from error
+
+
+def _clear(left: Path) -> None:
+    """Removes a folder that no run holds."""
+    with suppress(BlockingIOError), locked(left, wait=False):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _read(path: Path) -> Any:

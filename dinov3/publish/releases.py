@@ -9,7 +9,6 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,14 +24,16 @@ from dinov3.publish.store import (
     version_key,
 )
 from dinov3.release.chain import stem_of
-from dinov3.release.contents import CARD_NAME, EVALS_NAME, Contents
+from dinov3.release.contents import CARD_NAME, EVALS_NAME
 from dinov3.release.files import SIGNATURE_NAME, SUMS_NAME, parse_sums
 from dinov3.release.head import Head, read_head
+from dinov3.release.index import Stored
 from dinov3.release.policy import MODEL
 from dinov3.release.receipts import Receipt
 from dinov3.release.record import Record, RecordError, digest_of, parse_json, parse_record
 from dinov3.release.refusals import CannotCheck, Refused
 from dinov3.release.render import visible
+from dinov3.release.tensors import FileHash
 
 FIRST_VERSION = "0.1.0"
 _MAX_WHOLE = 64 << 20  # bytes of a file that is read into memory
@@ -111,7 +112,8 @@ class View:
             StoreError: Its schema is newer.
         """
         try:
-            return read_head(_Stored(Path(self.entry.name), {}, self))
+            hashes = {name: FileHash(digest, 0) for name, digest in self.digests.items()}
+            return read_head(Stored(Path(self.entry.name), hashes, self))
         except Refused as error:
             raise self._broken(str(error)) from error
         except CannotCheck as error:
@@ -155,16 +157,6 @@ class View:
         return LineageBroken(
             f"{self.entry.name}: the store's copy: {visible(why)}. Restore the store."
         )
-
-
-@dataclass(frozen=True)
-class _Stored(Contents):
-    """The small files of a stored release, as what reads release directories takes them."""
-
-    view: View
-
-    def read(self, name: str) -> bytes:
-        return self.view.read(name)
 
 
 def listing(entries: Iterable[Entry]) -> Iterator[str]:

@@ -26,9 +26,10 @@ def remake(
     """Makes a release again that lies in a folder or in a store.
 
     Args:
-        release: The folder, or `MODEL@VERSION`.
-        store: Of `MODEL@VERSION`.
-        key: Public key that must have signed it; None leaves the signer unchecked.
+        release: The folder, or, of a store, `MODEL@VERSION`.
+        store: Where it is published; None takes the folder.
+        key: Public key that must have signed it; None leaves the signer unchecked, and no code
+            that the release itself carries is run.
         source: Its pictures; None: those of the pipeline in the current folder.
         scratch: An empty folder, which is left behind; None works in a passing one.
         say: Told what is going on.
@@ -39,17 +40,16 @@ def remake(
         DataError, ConfigError: See `reproduce`.
     """
     with _workplace(scratch) as place:
-        folder = Path(release)
-        name, where = None, None
-        if not folder.is_dir():
-            name, folder = release, place / "release"
-            if store is None:
-                msg = f"store: needed for what is no folder, got {release!r}. Name one by --store."
-                raise ConfigError(msg)
-            where = open_store(store)
+        folder, name, where = Path(release), None, None
+        if store is not None:
+            folder, name, where = place / "release", release, open_store(store)
             where.fetch(*split_name(release), folder)
-        verified_signer(folder, key, name, where)
-        return reproduce(folder, source=_absolute(source), scratch=place, say=say)
+        elif not folder.is_dir():
+            msg = f"store: needed for what is no folder, got {release!r}. Name one by --store."
+            raise ConfigError(msg)
+        is_trusted = verified_signer(folder, key, name, where) is not None
+        pictures = _absolute(source)
+        return reproduce(folder, pictures, scratch=place, say=say, is_trusted=is_trusted)
 
 
 def _absolute(source: str | None) -> str:

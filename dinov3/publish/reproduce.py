@@ -61,7 +61,9 @@ class Reproduction:
         return bool(self.findings) and all(finding.agrees for finding in self.findings)
 
 
-def reproduce(folder: Path, *, source: str, scratch: Path, say: Say) -> Reproduction:
+def reproduce(
+    folder: Path, source: str, *, scratch: Path, say: Say, is_trusted: bool
+) -> Reproduction:
     """Makes the weights of a verified release again and compares them.
 
     Args:
@@ -69,6 +71,7 @@ def reproduce(folder: Path, *, source: str, scratch: Path, say: Say) -> Reproduc
         source: Where its pictures are, `kind:path`, absolute.
         scratch: An empty folder.
         say: Told what is going on, a line at a time.
+        is_trusted: Whether its signer is known, so that code which it carries may be run.
 
     Raises:
         DataError: Something of the chain is not here: the code, the pictures, outside weights.
@@ -80,7 +83,10 @@ def reproduce(folder: Path, *, source: str, scratch: Path, say: Say) -> Reproduc
     ends = [head["final"]] if reason is None else [head["final"], head["evaluation"]]
     wanted = {digest: links[digest] for digest in ancestors(links, *ends)}
     _require_makeable(list(wanted.values()))
-    workshop = Workshop(scratch, source, on_cpu=reason is None, threads=_threads(wanted))
+    limits = {"device": "auto" if reason else "cpu", "threads": _threads(wanted)}
+    workshop = Workshop(scratch, source, limits=limits, is_trusted=is_trusted)
+    for link in wanted.values():
+        workshop.code_of(link)  # what is not here is said before hours are spent
     drifted, made = [], {}
     for digest, link in wanted.items():
         began = time.monotonic()

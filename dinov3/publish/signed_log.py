@@ -90,11 +90,16 @@ def _says(receipt: Receipt) -> Receipt:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock is on the folder itself, so that no file is left in git."""
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """One process at a time; the lock is on the folder itself, so that no file is left in git.
+
+    Raises:
+        BlockingIOError: Another process has it, and it is not to be waited for.
+        OSError: There is no such folder, or its file system has no locks.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

@@ -10,28 +10,20 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from dinov3.errors import StoreError, StoreMissing
-from dinov3.publish.copying import CHUNK, appearing, check_fetched, copy_stream, read_release
+from dinov3.publish.copying import CHUNK, appearing, copy_stream, read_release
 from dinov3.publish.entry import (
     Entry,
     OnBytes,
     OnStep,
     Release,
-    already_published,
     check_name,
     find_entry,
     ignore,
-    not_published,
     split_name,
     version_key,
 )
 from dinov3.publish.private_key import PrivateKey
-from dinov3.publish.store_receipts import (
-    compare_receipts,
-    is_of,
-    leave_receipt,
-    read_log,
-    read_withdrawal,
-)
+from dinov3.publish.store_receipts import is_of, log_keys, read_log
 from dinov3.release.receipts import Receipt
 
 __all__ = [
@@ -42,22 +34,18 @@ __all__ = [
     "OnStep",
     "Release",
     "Store",
-    "already_published",
     "appearing",
-    "check_fetched",
     "check_name",
-    "compare_receipts",
     "copy_stream",
     "entries_if_made",
     "find_entry",
+    "held_versions",
     "ignore",
     "is_of",
-    "leave_receipt",
-    "not_published",
+    "log_keys",
     "open_store",
     "read_log",
     "read_release",
-    "read_withdrawal",
     "split_name",
     "version_key",
 ]
@@ -111,7 +99,13 @@ class Store(Protocol):
         """Attaches a signed withdrawal to a visible release; the first one stays."""
 
     def withdrawals(self) -> list[bytes]:
-        """The envelopes of all withdrawals."""
+        """The envelopes of all withdrawals that can be read; `entries` tells of the others."""
+
+    def unfinished(self) -> list[Entry]:
+        """Versions that are not visible, yet held by a publisher who is at work or was stopped.
+
+        Publishing the same release again finishes one; no other release can take its version.
+        """
 
     def prune(self) -> list[str]:
         """Removes what killed publishers left, never what a live one uses; says what it removed."""
@@ -137,6 +131,14 @@ def open_store(spec: str) -> Store:
         return open_lakefs_store(spec)
     msg = f"store: no kind of store, got {spec!r}. Use directory:PATH or lakefs://REPO."
     raise StoreError(msg)
+
+
+def held_versions(store: Store) -> list[Entry]:
+    """Releases whose versions no other bytes can have any more, visible or not."""
+    try:
+        return [*store.unfinished(), *store.entries()]  # what is finished in between is in both
+    except StoreMissing:
+        return []
 
 
 def entries_if_made(store: Store) -> list[Entry]:

@@ -13,6 +13,7 @@ from dinov3.release.receipts import RECEIPTS_NAME, Receipt, read_keys, read_rece
 from dinov3.release.refusals import CannotCheck, Refused
 from dinov3.release.render import visible
 
+WITHDRAWALS = "withdrawals/"  # in every store
 UNREADABLE = "a withdrawal that says nothing"  # in place of the reason, where that is unreadable
 
 
@@ -38,6 +39,69 @@ def read_withdrawal(envelope: bytes) -> Withdrawal:
         msg = f"withdrawal: not readable: {visible(str(error))}. Restore the store."
         raise StoreError(msg) from error
     return Withdrawal(said["model"], said["version"], said["release"], said["reason"])
+
+
+def reason_in(entry: Entry, envelope: bytes) -> str:
+    """The reason that a withdrawal of this very release gives.
+
+    Raises:
+        StoreError: It is none, or of another release.
+    """
+    said = read_withdrawal(envelope)
+    if (said.model, said.version, said.digest) != (entry.model, entry.version, entry.digest):
+        named = visible(f"{said.model}@{said.version} {said.digest}")
+        msg = f"{entry.name}: the withdrawal names {named}. Sign one of this release."
+        raise StoreError(msg)
+    return said.reason
+
+
+def stored_reason(entry: Entry, envelope: bytes | StoreError) -> str:
+    """Why a store says that a release was withdrawn; what cannot be read counts as a withdrawal.
+
+    Args:
+        entry: The release.
+        envelope: What stands in the store in its name, or why it cannot be read.
+    """
+    try:
+        if isinstance(envelope, StoreError):
+            raise envelope
+        return reason_in(entry, envelope)
+    except StoreError as error:
+        return f"{UNREADABLE}: {error}"
+
+
+def check_withdrawn(entry: Entry, reason: str) -> None:
+    """Refuses a second withdrawal for another reason.
+
+    Raises:
+        StoreError: The store gives another one.
+    """
+    if entry.withdrawn != reason:
+        first = visible(str(entry.withdrawn))
+        msg = f"{entry.name}: already withdrawn, because: {first}. Leave it so."
+        raise StoreError(msg)
+
+
+def odd_withdrawals(entries: Iterable[Entry], names: Iterable[str]) -> Iterator[str]:
+    """What is wrong with a store's withdrawals.
+
+    Args:
+        entries: Its visible releases.
+        names: Of all its withdrawals, `withdrawals/MODEL@VERSION.json`.
+    """
+    known: set[str] = set()
+    for entry in entries:
+        known.add(withdrawal_name(entry.model, entry.version))
+        if entry.withdrawn is not None and entry.withdrawn.startswith(UNREADABLE):
+            yield f"{entry.name}: {entry.withdrawn}"
+    for name in names:
+        if name not in known:
+            yield f"{name}: withdraws nothing that is visible here"
+
+
+def withdrawal_name(model: str, version: str) -> str:
+    """Where a store keeps the withdrawal of a release."""
+    return f"{WITHDRAWALS}{model}@{version}.json"
 
 
 def leave_receipt(entry: Entry, *, log: Path, key: PrivateKey) -> None:
@@ -68,12 +132,25 @@ def read_log(log: Path, keys: Iterable[bytes] | None = ()) -> list[Receipt]:
     Raises:
         StoreError: A line is not signed by one of them or not in its place.
     """
+    known = None if keys is None else [*log_keys(log), *keys]
     try:
-        known = None if keys is None else [*read_keys(log), *keys]
         return read_receipts(log / RECEIPTS_NAME, known)
     except (Refused, CannotCheck) as error:
         why = visible(str(error))
         msg = f"{log / RECEIPTS_NAME}: {why}. Restore it from git, or add the key that signed."
+        raise StoreError(msg) from error
+
+
+def log_keys(log: Path) -> list[bytes]:
+    """The public keys that a log trusts, in PEM.
+
+    Raises:
+        StoreError: One cannot be read.
+    """
+    try:
+        return read_keys(log)
+    except CannotCheck as error:
+        msg = f"{visible(str(error))}. Restore it from git."
         raise StoreError(msg) from error
 
 

@@ -22,9 +22,12 @@ def verified_signer(
 
     Raises:
         LineageBroken: It does not hold, or was withdrawn.
-        DataError: It cannot be checked.
+        DataError: It cannot be checked, or the key lies in the release.
     """
     where = expect or str(folder)
+    if key is not None and key.resolve().is_relative_to(folder.resolve()):
+        msg = f"key: lies in the release itself, got {key}. Give one that you got elsewhere."
+        raise DataError(msg)
     try:
         question = Question(
             key=None if key is None else key.read_bytes(),

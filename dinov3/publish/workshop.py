@@ -34,20 +34,36 @@ class Workshop:
     Args:
         scratch: An empty folder.
         source: Where the pictures are.
-        on_cpu: Whether the same bits are wanted.
-        threads: As many as training had: sums in another order end in other bits.
+        limits: Of what cannot change a result, what is to be as given here.
+        is_trusted: Whether code that the release itself carries may be run.
     """
 
-    def __init__(self, scratch: Path, source: str, *, on_cpu: bool, threads: int) -> None:
+    def __init__(
+        self, scratch: Path, source: str, *, limits: Mapping[str, Any], is_trusted: bool
+    ) -> None:
         self._code = scratch / "code"
         self._root = scratch / "workspace"
         self._source = source
-        self._limits = {"device": "cpu" if on_cpu else "auto", "threads": threads}
+        self._limits = limits
+        self._is_trusted = is_trusted
+        self._codes: dict[str, Path] = {}  # checkout by digest
         self._commands: dict[Path, dict[str, Command]] = {}
         self._runs: dict[Path, dict[str, dict[str, Any]]] = {}
         self._made: dict[str, Path] = {}  # folder by stage
         self._ran: set[str] = set()
         (self._root / "recipes").mkdir(parents=True)
+
+    def code_of(self, link: Link) -> Path:
+        """A checkout of the code that made an artifact.
+
+        Raises:
+            DataError: It is not here, or must not be run.
+        """
+        digest = link.record.code
+        if digest not in self._codes:
+            found = find_code(digest, link.run, self._code, is_trusted=self._is_trusted)
+            self._codes[digest] = found
+        return self._codes[digest]
 
     def make(self, link: Link) -> Record:
         """Runs the command of an artifact, unless it made this one beside another; its record.
@@ -56,8 +72,7 @@ class Workshop:
             DataError: The code or the pictures are not here, or the command failed.
             ConfigError: The recorded code has no command for it.
         """
-        record = link.record
-        code = find_code(record.code, link.run, self._code)
+        record, code = link.record, self.code_of(link)
         command = self._command(code, record.stage)
         if command.stage not in self._ran:
             self._see_source(code, record)

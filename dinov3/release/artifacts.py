@@ -1,5 +1,6 @@
 """The artifacts behind a release, where they are at hand: hashed again, and judged again."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.release.chain import Chain, Link
-from dinov3.release.checks import Node, faults, load, locate
+from dinov3.release.checks import Node, faults, load, locate, read_found
 from dinov3.release.contents import CHECKS_NAME
 from dinov3.release.policy import judge_manifest
-from dinov3.release.record import RECORD_NAME, RUN_NAME, RecordError, parse_json, read_bounded
+from dinov3.release.record import RECORD_NAME, RUN_NAME, RecordError, parse_json
+from dinov3.release.record_rules import HEALTH_NAME, VERDICT_NAME
 from dinov3.release.refusals import CannotCheck, Refused
-
-HEALTH_NAME = "health.json"
-VERDICT_NAME = "verdict.json"
 
 _DEEPEST = 8  # folders below the root
 
@@ -128,7 +127,7 @@ def _load(folder: Path, chain: Chain, stages: set[str]) -> Node | None:
 def _record_named_in(folder: Path) -> str:
     try:
         path = locate(folder, RUN_NAME)
-        run = None if path is None else parse_json(read_bounded(path))
+        run = None if path is None else parse_json(read_found(path))
     except RecordError:
         return ""
     named = run.get("record") if isinstance(run, dict) else None
@@ -210,14 +209,17 @@ def _check_manifest(
 
 
 def _read(node: Node | None, name: str) -> dict[str, Any] | None:
-    """A JSON object that the record names and that is here; its digest was found right."""
+    """A JSON object that the record names and that is here, with the digest that it names."""
     if node is None or name not in node.record.outputs:
         return None
     path = locate(node.folder, name)
     if path is None:
         return None
     try:
-        value = parse_json(path.read_bytes())
+        data = read_found(path)
+        value = parse_json(data)
     except RecordError as error:
         raise Refused("artifact-changed", str(path), str(error)) from error
+    if hashlib.sha256(data).hexdigest() != node.record.outputs[name].sha256:
+        raise Refused("artifact-changed", str(path), "changed after it was hashed")
     return value if isinstance(value, dict) else None

@@ -32,6 +32,7 @@ WRITTEN_AS = {
     CONFIG_NAME: CONFIG_NAME,
 }  # name in a release -> name in the folder of the stage
 REPORT_NAME = "report.json"
+_MOST_ROWS = 2000  # of a report; the card lays protocols against subjects
 
 
 def weights_name(link: Link) -> str:
@@ -102,6 +103,10 @@ def check_evaluation(contents: Contents, chain: Chain) -> dict[str, Any]:
     for field, value in stated.items():
         if report.get(field) != value:
             raise _unbound(f"its {field} is not that of {link.stem}")
+    for field in ("rows", "differences"):
+        found = report.get(field)
+        if not isinstance(found, list) or len(found) > _MOST_ROWS:
+            raise _unbound(f"its {field} are no list of at most {_MOST_ROWS}")
     _check_dataset(report, link, chain)
     return report
 
@@ -155,7 +160,7 @@ def check_images(
     mode = _mode(contents, head, link)
     _check_one_dataset(chain, link)
     open_ends = _check_held_out(contents, head, link)
-    counts = _count_here(contents, head, link)
+    counts = _count_here(contents, head)
     if given is not None:
         return _count_given(given, head, link), open_ends
     if mode == PLAIN:
@@ -191,6 +196,9 @@ def _mode(contents: Contents, head: Head, link: Link) -> str:
         raise _differ(f"release.json calls it {said.mode}")
     if said.mode == PLAIN and here is not None and here.sha256 != said.sha256:
         raise _differ(f"other bytes than {link.stem} wrote")
+    kept = link.record.facts.get("kept")
+    if said.num_trained != kept:
+        raise _differ(f"release.json counts {said.num_trained} trained, {link.stem} kept {kept}")
     return said.mode
 
 
@@ -217,12 +225,12 @@ def _check_held_out(contents: Contents, head: Head, dataset: Link) -> list[str]:
     return [f"that {copies} of the held-out pictures are copies of others: {dataset.stem} says so"]
 
 
-def _count_here(contents: Contents, head: Head, link: Link) -> ImageCounts | None:
+def _count_here(contents: Contents, head: Head) -> ImageCounts | None:
     if IMAGES_NAME not in contents.hashes:
         return None
     is_keyed = head.images is not None and head.images.mode == KEYED
     sha256 = contents.hashes[IMAGES_NAME].sha256
-    return _count(contents.folder / IMAGES_NAME, sha256, head, link, is_keyed=is_keyed)
+    return _count(contents.folder / IMAGES_NAME, sha256, head, is_keyed=is_keyed)
 
 
 def _count_given(path: Path, head: Head, link: Link) -> ImageCounts:
@@ -234,11 +242,11 @@ def _count_given(path: Path, head: Head, link: Link) -> ImageCounts:
         raise CannotCheck(msg) from error
     if found != link.record.outputs[IMAGES_NAME].sha256:
         raise Refused("images-differ", str(path), f"not the list that {link.stem} wrote")
-    return _count(path, found, head, link, is_keyed=False)
+    return _count(path, found, head, is_keyed=False)
 
 
-def _count(path: Path, sha256: str, head: Head, link: Link, *, is_keyed: bool) -> ImageCounts:
-    """Counts of a list, held against release.json, the record of the dataset and each other."""
+def _count(path: Path, sha256: str, head: Head, *, is_keyed: bool) -> ImageCounts:
+    """Counts of a list, held against release.json and each other."""
     try:
         with read_images(path) as images:
             if is_keyed != (images.salt_sha256 is not None):
@@ -259,9 +267,6 @@ def _count(path: Path, sha256: str, head: Head, link: Link, *, is_keyed: bool) -
         head.images.num_evaluated,
     ):
         raise _differ(f"counts {trained} trained and {evaluated} evaluated, release.json others")
-    kept = link.record.facts.get("kept")
-    if trained != kept:
-        raise _differ(f"counts {trained} trained images, {link.stem} kept {kept}")
     return ImageCounts(trained, evaluated, tally.overlap)
 
 

@@ -15,14 +15,16 @@ from dinov3.release.head import LISTED, UNKNOWN, Head, Root
 from dinov3.release.policy_terms import NO_WEIGHTS
 from dinov3.release.record import SCHEMA, Edge, Record, RecordError, digest_of, parse_record
 from dinov3.release.record_rules import (
-    TRAINING_DATA,
-    is_outside_weights,
+    RESUME,
     record_faults,
     root_licences,
 )
 from dinov3.release.refusals import CannotCheck, Refused
 
 _DIGITS = 12  # of a record's digest in its file's name
+_MOST = (
+    1000  # inputs of a record, and licences: each of the ones is held against each of the others
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def _read_record(contents: Contents, stage: str, digest: str) -> Record:
         raise Refused("record-malformed", name, str(error)) from error
     if record.to_bytes() != data:
         raise Refused("record-malformed", name, "fields are left out that a record always has")
+    if max(map(len, (record.inputs, *record.licences.values()))) > _MOST:
+        raise Refused("record-malformed", name, f"more than {_MOST} inputs, or licences")
     if record.stage != stage:
         raise Refused("record-malformed", name, f"its stage is {record.stage!r}, not {stage}")
     if digest_of(record.config) != record.config_digest:
@@ -200,20 +204,15 @@ def _check_edge(where: str, edge: Edge, above: Record) -> None:
 
 
 def _check_inheritance(where: str, record: Record, records: Mapping[str, Record]) -> None:
-    """Licences are handed down, and so is that weights above are of unknown training data."""
+    """Licences are handed down."""
     entering, leaving = (set(record.licences.get(side, ())) for side in ("in", "out"))
     inherited: set[str] = set()
-    is_unknown = any(is_outside_weights(edge) for edge in record.inputs)
     for edge in record.inputs:
         if edge.record is not None:
             inherited.update(records[edge.record].licences.get("out", ()))
-            is_unknown |= records[edge.record].facts.get(TRAINING_DATA) == UNKNOWN
     lost = (inherited - entering) | (entering - leaving)
     if lost:
         raise Refused("licence", where, f"drops licences of its inputs: {', '.join(sorted(lost))}")
-    if is_unknown and record.facts.get(TRAINING_DATA) != UNKNOWN:
-        why = "does not say that weights above it are of unknown training data"
-        raise Refused("root-undeclared", where, why)
 
 
 def _read_beside(
@@ -263,7 +262,7 @@ def _planned(record: Record) -> Any:
 
 def _ancestors(record: Record) -> list[str]:
     """The finished runs that a run goes on from."""
-    return [edge.record for edge in record.inputs if edge.role == "resume" and edge.record]
+    return [edge.record for edge in record.inputs if edge.role == RESUME and edge.record]
 
 
 def _last_step(link: Link) -> int:

@@ -4,12 +4,16 @@ A record is data of unknown origin: names in it are looked up only below its own
 regular files are ever opened.
 """
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dinov3.release.opening import open_regular
 from dinov3.release.record import (
+    MAX_DOCUMENT,
     RECORD_NAME,
     RUN_NAME,
     Edge,
@@ -17,11 +21,10 @@ from dinov3.release.record import (
     Record,
     RecordError,
     digest_of,
-    file_sha256,
     parse_json,
-    read_bounded,
-    read_record,
+    parse_record,
 )
+from dinov3.release.refusals import Refused
 from dinov3.release.tensors import FileHash, hash_stream
 
 
@@ -93,7 +96,28 @@ def load(folder: Path) -> Node | None:
         RecordError: It is unreadable or no regular file.
     """
     path = locate(folder, RECORD_NAME)
-    return None if path is None else Node(folder, file_sha256(path), read_record(path))
+    if path is None:
+        return None
+    data = read_found(path)  # once: what is believed is what its digest is of
+    return Node(folder, hashlib.sha256(data).hexdigest(), parse_record(data, str(path)))
+
+
+def read_found(path: Path) -> bytes:
+    """The bytes of a document that `locate` found; of one that is too large only enough to tell.
+
+    Raises:
+        RecordError: By now it is a pipe or a device, which is not waited for.
+    """
+    with _open(path) as stream:
+        return stream.read(MAX_DOCUMENT + 1)
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        return open_regular(path.resolve())
+    except Refused as error:
+        msg = f"{path}: {error.why}"
+        raise RecordError(msg) from error
 
 
 def faults(node: Node, names: Collection[str] | None = None) -> Iterator[str]:
@@ -151,11 +175,10 @@ def _run_faults(node: Node) -> Iterator[str]:
     for name, sha256 in run["beside"].items():
         try:
             found = node.find(name)
+            if found is not None and _hash(found, weights=False)[0].sha256 != sha256:
+                yield f"{found}: changed, {RUN_NAME} beside it names other bytes"
         except RecordError as error:
             yield str(error)
-            continue
-        if found is not None and file_sha256(found) != sha256:
-            yield f"{found}: changed, {RUN_NAME} beside it names other bytes"
 
 
 def known_names(node: Node) -> set[str]:
@@ -235,7 +258,7 @@ def read_run(node: Node) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        run = parse_json(read_bounded(path))
+        run = parse_json(read_found(path))
     except RecordError as error:
         msg = f"{path}: {error}"
         raise RecordError(msg) from error
@@ -247,7 +270,7 @@ def read_run(node: Node) -> dict[str, Any] | None:
 
 def _hash(path: Path, *, weights: bool) -> tuple[FileHash, str | None]:
     """Identity of a file, and why it has no tensor digest although it is of weights."""
-    with path.open("rb", buffering=0) as stream:
+    with _open(path) as stream:
         try:
             return hash_stream(stream, weights=weights), None
         except RecordError as error:

@@ -5,6 +5,7 @@ are read, none through a link, and each file once.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -26,7 +27,8 @@ _MAX_FILES = 10_000  # and folders
 _MAX_PATH = 512  # bytes
 _MAX_SUMS = 8 << 20  # bytes of SHA256SUMS
 _MAX_DOCUMENT = 16 << 20  # bytes of a file that is parsed whole
-_MAX_LOG = 2 << 30  # bytes of a log, which is read line by line
+_MAX_DOCUMENTS = 64 << 20  # bytes of all of them
+_MAX_LOGS = 2 << 30  # bytes of all logs, which are read line by line
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _FORBIDDEN = frozenset('\\:*?"<>|')  # a path, a stream or a pattern to some system
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
@@ -66,7 +68,8 @@ def _entries(folder: Path) -> Iterator[tuple[str, int | None]]:
     while pending:
         above = pending.pop()
         with os.scandir(folder / above) as entries:
-            for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name)):
+            some = itertools.islice(entries, _MAX_FILES + 1)  # more are refused by their number
+            for entry in sorted(some, key=lambda entry: os.fsencode(entry.name)):
                 name = f"{above}/{entry.name}" if above else entry.name
                 facts = entry.stat(follow_symlinks=False)
                 if stat.S_ISDIR(facts.st_mode):
@@ -218,6 +221,7 @@ def match_sums(folder: Path) -> Listing:
         limit = _most_bytes(name)
         if limit is not None and size > limit:
             raise Refused("file-changed", name, f"larger than {limit} bytes, got {size}")
+    _check_total(present)
     return Listing(present, {**listed, SUMS_NAME: hashlib.sha256(data).hexdigest()})
 
 
@@ -230,7 +234,21 @@ def _most_bytes(name: str) -> int | None:
     """A file that is parsed has its limit; how large the others are stands in the records."""
     if is_large(name) or name == SIGNATURE_NAME:  # whose own check has a limit
         return None
-    return _MAX_LOG if name.endswith(".jsonl") else _MAX_DOCUMENT
+    return _MAX_LOGS if _is_log(name) else _MAX_DOCUMENT
+
+
+def _check_total(sizes: Mapping[str, int]) -> None:
+    """Many files of a size that each may have are too much together."""
+    parsed = {name: size for name, size in sizes.items() if _most_bytes(name) is not None}
+    logs = sum(size for name, size in parsed.items() if _is_log(name))
+    documents = sum(parsed.values()) - logs
+    if documents > _MAX_DOCUMENTS or logs > _MAX_LOGS:
+        why = f"documents of {documents} bytes in all, logs of {logs}, which no release needs"
+        raise Refused("file-changed", max(parsed, key=lambda name: parsed[name]), why)
+
+
+def _is_log(name: str) -> bool:
+    return name.endswith(".jsonl")
 
 
 def check_file(folder: Path, name: str, sha256: str | None) -> FileHash:

@@ -67,7 +67,7 @@ def check_gates(
     chain: Chain,
     report: Mapping[str, Any],
     counts: ImageCounts | None,
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Judges again what can be, and lets a failed gate pass only with a waiver that holds.
 
     Args:
@@ -78,7 +78,7 @@ def check_gates(
         counts: Of the images; None where they are not here.
 
     Returns:
-        One sentence per waiver.
+        Names of the gates that were judged again; one sentence per waiver.
 
     Raises:
         Refused: `contamination`, `dedup-threshold`, `licence`, `check-differs`, `check-failed`.
@@ -93,7 +93,7 @@ def check_gates(
             _compare(gate, verdict)
     _check_health({gate["name"]: gate for gate in gates}["training_health"], head, chain)
     made = _made(chain)
-    return [_waived(gate, head, made) for gate in gates if not gate["passed"]]
+    return list(again), [_waived(gate, head, made) for gate in gates if not gate["passed"]]
 
 
 def check_licences(contents: Contents, head: Head, chain: Chain) -> tuple[str, ...]:
@@ -162,6 +162,10 @@ def _compare(gate: Mapping[str, Any], verdict: Verdict) -> None:
     if gate["passed"] and not verdict.passed:
         why = f"{name}: is said to have passed, but {verdict.reason}"
         raise Refused("check-differs", CHECKS_NAME, why)
+    for reason in (verdict.reason or "").split("; "):
+        if reason not in str(gate["reason"]):
+            why = f"{name}: does not say why it failed: {reason}"
+            raise Refused("check-differs", CHECKS_NAME, why)
 
 
 def _check_health(gate: Mapping[str, Any], head: Head, chain: Chain) -> None:

@@ -3,7 +3,9 @@
     DINOIMG1 | u32 length | canonical JSON header | rows of 33 bytes: sha256 of the file, role
 
 Rows are sorted by their bytes and none stands twice, so one digest is found by bisection on the
-file and its several roles stand together. Standard library only, like all that reads a release.
+file and its several roles stand together. The header says what each role means; roles 1 to 3 always
+mean the same, all others are of images that were left out. Standard library only, like all that
+reads a release.
 """
 
 import hashlib
@@ -27,12 +29,14 @@ SCHEMA = "dinov3.images/1"
 ROLE_TRAINED = 1
 ROLE_CLUSTERED = 2
 ROLE_EVALUATED = 3
+MEANINGS = {ROLE_TRAINED: "trained", ROLE_CLUSTERED: "clustered only", ROLE_EVALUATED: "evaluated"}
 
 _MAGIC = b"DINOIMG1"
 _DIGEST = 32  # bytes
 _ROW = _DIGEST + 1
 _MAX_HEADER = 1 << 16
 _MAX_ROLE = 255
+_LEFT_OUT = "excluded: "  # so begins the meaning of every other role
 _ROWS_AT_ONCE = 1 << 14
 _HEX = frozenset("0123456789abcdef")
 
@@ -49,7 +53,7 @@ def write_images(
     Args:
         path: The file.
         rows: Digest and role of each image; a pair may come twice, a digest with several roles.
-        roles: What each role means.
+        roles: What each role means: the three of `MEANINGS`, and why others were left out.
         salt_sha256: sha256 of the salt where the digests are keyed, so that none reveals itself.
 
     Raises:
@@ -241,15 +245,20 @@ def _check_header(header: Any, where: str) -> dict[str, Any]:
     if type(count) is not int or count < 0:
         raise Refused("images-malformed", where, "its count is no number of rows")
     if not isinstance(roles, dict) or not all(_is_role(*pair) for pair in roles.items()):
-        raise Refused("images-malformed", where, "its roles are not 1 to 255 with a meaning each")
+        why = "its roles are not 1 to 255 with the meaning that each has"
+        raise Refused("images-malformed", where, why)
     if keyed is not None and not _is_salt(keyed):
         raise Refused("images-malformed", where, "keyed by what is not the sha256 of a salt")
     return header
 
 
 def _is_role(role: str, meaning: Any) -> bool:
-    known = role.isascii() and role.isdigit() and role == str(int(role))
-    return known and 1 <= int(role) <= _MAX_ROLE and isinstance(meaning, str)
+    """Whether a role means what it has to: else one list could be counted in two ways."""
+    known = role.isascii() and role.isdigit() and len(role) <= 3 and role == str(int(role))
+    if not known or not 1 <= int(role) <= _MAX_ROLE or not isinstance(meaning, str):
+        return False
+    fixed = MEANINGS.get(int(role))
+    return meaning.startswith(_LEFT_OUT) if fixed is None else meaning == fixed
 
 
 def _is_salt(keyed: Any) -> bool:

@@ -26,14 +26,6 @@ _DEEPEST = 6  # folders below the one that is searched
 _MAX_BUNDLE = 32 << 20  # bytes of a signature
 
 
-class _Entry(Protocol):
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def version(self) -> str: ...
-
-
 class _Store(Protocol):
     def entries(self) -> Iterable[Any]: ...
 

@@ -15,6 +15,7 @@ What could never refuse anything is no policy: a threshold out of its range, non
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -45,6 +46,7 @@ _KEYS = {
     "health",
     "waivable",
 }
+_MOST_THRESHOLDS = 1000  # each is held against every row
 _THRESHOLD_TEXTS = {"protocol", "metric", "subject", "against"}
 _THRESHOLD_NUMBERS = {"k", "at_least", "difference_low_at_least"}
 
@@ -95,8 +97,10 @@ def read_policy(raw: Any) -> Policy:
         found = sorted(map(str, raw)) if isinstance(raw, Mapping) else type(raw).__name__
         msg = f"policy: needs exactly the fields {sorted(_KEYS)}, got {found}"
         raise PolicyError(msg)
-    if not isinstance(raw["evaluation"], Sequence) or isinstance(raw["evaluation"], str):
-        msg = f"policy: evaluation: not a list, got {raw['evaluation']!r}"
+    asked = raw["evaluation"]
+    if not isinstance(asked, Sequence) or isinstance(asked, str) or len(asked) > _MOST_THRESHOLDS:
+        shown = reprlib.repr(asked)
+        msg = f"policy: evaluation: not a list of at most {_MOST_THRESHOLDS}, got {shown}"
         raise PolicyError(msg)
     health = raw["health"]
     if not isinstance(health, Mapping) or not all(is_number(one) for one in health.values()):
@@ -105,9 +109,9 @@ def read_policy(raw: Any) -> Policy:
     if odd := [name for name in health if not str(name).startswith(("min_", "max_"))]:
         msg = f"policy: health: names start with min_ or max_, got {odd[0]!r}"
         raise PolicyError(msg)
-    evaluation = tuple(_read_threshold(one) for one in raw["evaluation"])
+    evaluation = tuple(_read_threshold(one) for one in asked)
     if all(one.subject != MODEL for one in evaluation):
-        msg = f"policy: evaluation: asks nothing of the model, got {raw['evaluation']!r}"
+        msg = f"policy: evaluation: asks nothing of the model, got {asked!r}"
         raise PolicyError(msg)
     return Policy(
         evaluation=evaluation,

@@ -1,5 +1,6 @@
 """What a record must hold for its weights to be accounted for, whoever wrote it.
 
+    tabled    pictures from a source, in a table with a verdict on it
     trained   planned steps, a log of events, a verdict on its health, a dataset that lists images
     chosen    a snapshot of a training above it, byte for byte: the Gram teacher
     adopted   outside weights, of which nobody here knows what they were trained on
@@ -14,18 +15,21 @@ from dinov3.release.record import Edge, Record
 
 CURATED_NAME = "curated.parquet"
 HEALTH_NAME = "health.json"
+VERDICT_NAME = "verdict.json"
 TRAINING_DATA, UNKNOWN = "training_data", "unknown"  # a fact that everything below inherits
+RESUME = "resume"  # role of the finished run that a longer one goes on from
 
+_TABLE_NAME = "manifest.parquet"
 _PAIRS_NAME = "pairs.parquet"
 _REPORTS = ("report.json",)
 _READ_WHERE = {  # root -> what a record writes that reads it; such a record trains nothing
-    "source": ("manifest.parquet",),
+    "source": (_TABLE_NAME,),
     "captions": (_PAIRS_NAME,),
     "embedder": ("embeddings.parquet",),
     "backgrounds": (*_REPORTS, "choice.json"),
     **dict.fromkeys(("pictures", "training pictures", "test pictures"), _REPORTS),
 }
-_TRAINED_BY = ("manifest.parquet", CURATED_NAME, _PAIRS_NAME, "config.json")  # and weights
+_TRAINED_BY = (_TABLE_NAME, CURATED_NAME, _PAIRS_NAME, "config.json")  # and weights
 _WEIGHTS = ".safetensors"
 
 Faults = Iterator[tuple[str, str]]  # name of the refusal, why
@@ -43,12 +47,15 @@ def record_faults(record: Record, above: Mapping[str, Record]) -> Faults:
         The refusal's name and why.
     """
     yield from _root_faults(record)
+    yield from _unknown_faults(record, above)
     if trains(record):
         yield from _training_faults(record, above)
     elif "chosen" in record.steps:
         yield from _choice_faults(record, above)
     elif writes_weights(record) and not any(map(is_outside_weights, record.inputs)):
         yield "steps-differ", "wrote weights in no steps, and not from outside weights"
+    yield from _resume_faults(record, above)
+    yield from _table_faults(record, above)
 
 
 def trains(record: Record) -> bool:
@@ -109,6 +116,56 @@ def _root_faults(record: Record) -> Faults:
             yield "root-undeclared", why
 
 
+def _unknown_faults(record: Record, above: Mapping[str, Record]) -> Faults:
+    """Training data are unknown below outside weights, and nowhere else: that excuses much."""
+    is_unknown = any(map(is_outside_weights, record.inputs)) or any(
+        above[str(edge.record)].facts.get(TRAINING_DATA) == UNKNOWN
+        for edge in record.inputs
+        if edge.record in above
+    )
+    if is_unknown != (record.facts.get(TRAINING_DATA) == UNKNOWN):
+        found = "" if is_unknown else "no "
+        yield "root-undeclared", f"has {found}outside weights above it, and says otherwise"
+
+
+def _table_faults(record: Record, above: Mapping[str, Record]) -> Faults:
+    """Pictures come from somewhere, by a table that was judged, and by one table alone."""
+    is_table = _TABLE_NAME in record.outputs
+    sources = [edge for edge in record.inputs if edge.role == "source" and edge.record is None]
+    if is_table and not sources:
+        yield "root-undeclared", "wrote an image table from no source"
+    if is_table and VERDICT_NAME not in record.outputs:
+        yield "record-malformed", f"wrote an image table without {VERDICT_NAME}"
+    datasets = _known_datasets(record, above)
+    made_of = {table for one in datasets for table in _tables(one)}
+    if datasets and not _tables(record) <= made_of:
+        yield "images-differ", "read another image table than its dataset was made of"
+
+
+def _known_datasets(record: Record, above: Mapping[str, Record]) -> list[Record]:
+    """The records of the datasets it read, itself or through pairs."""
+    pairs = [above[str(edge.record)] for edge in _pairs(record) if edge.record in above]
+    digests = {digest for one in (record, *pairs) for digest in datasets_of(one)}
+    return [above[str(digest)] for digest in digests if digest in above]
+
+
+def _tables(record: Record) -> set[tuple[str, str | None]]:
+    """The image tables it read, by their bytes and their records."""
+    return {(edge.sha256, edge.record) for edge in record.inputs if edge.name == _TABLE_NAME}
+
+
+def _pairs(record: Record) -> list[Edge]:
+    return [edge for edge in record.inputs if edge.name == _PAIRS_NAME]
+
+
+def _resume_faults(record: Record, above: Mapping[str, Record]) -> Faults:
+    """What a run goes on from is a shorter run of its own stage: its steps count as taken."""
+    for edge in record.inputs:
+        other = above.get(str(edge.record))
+        if edge.role == RESUME and (other is None or other.stage != record.stage):
+            yield "steps-differ", f"goes on from {edge.name!r}, which is of no run of its stage"
+
+
 def _training_faults(record: Record, above: Mapping[str, Record]) -> Faults:
     if HEALTH_NAME not in record.outputs:
         yield "steps-differ", f"trained, and wrote no {HEALTH_NAME}"
@@ -118,8 +175,7 @@ def _training_faults(record: Record, above: Mapping[str, Record]) -> Faults:
             yield "edge-broken", f"trained on {edge.name!r}, which is no dataset and no weights"
     datasets = datasets_of(record)
     if record.facts.get(TRAINING_DATA) != UNKNOWN:
-        pairs = [edge for edge in record.inputs if edge.name == _PAIRS_NAME]
-        listed = [_is_listed(edge, above) for edge in pairs]
+        listed = [_is_listed(edge, above) for edge in _pairs(record)]
         if not all(listed) or not (listed or datasets):
             yield "images-differ", "trained on images that no curated dataset lists"
     if datasets:

@@ -222,18 +222,17 @@ def _layout(graph: Graph) -> dict[str, tuple[float, int]]:
     for box in graph.boxes:
         in_row.setdefault(rows[box.key], []).append(box.key)
     widest = max(map(len, in_row.values()), default=1)
+    tails: dict[str, list[str]] = {}
+    for arrow in arrows:
+        tails.setdefault(arrow.head, []).append(arrow.tail)
     places: dict[str, tuple[float, int]] = {}
     for number, row in enumerate(sorted(in_row)):
-        keys = sorted(in_row[row], key=lambda key: _mean_above(key, arrows, places))
+        keys = sorted(in_row[row], key=lambda key: _mean_above(tails.get(key, ()), places))
         shift = (widest - len(keys)) / 2
         places.update({key: (column + shift, number) for column, key in enumerate(keys)})
     return places
 
 
-def _mean_above(
-    key: str, arrows: Sequence[Arrow], places: Mapping[str, tuple[float, int]]
-) -> float:
-    above = [
-        places[arrow.tail][0] for arrow in arrows if arrow.head == key and arrow.tail in places
-    ]
+def _mean_above(tails: Sequence[str], places: Mapping[str, tuple[float, int]]) -> float:
+    above = [places[tail][0] for tail in tails if tail in places]
     return sum(above) / len(above) if above else 0.0

@@ -143,6 +143,18 @@ def _hide(rows: list[tuple[bytes, int]]) -> None:
     rows[number] = (rows[number][0], 2)
 
 
+def _second_name(data: bytes) -> bytes:
+    """An image that is evaluated on was trained on too, by a role that nobody counts."""
+    start = 12 + int.from_bytes(data[8:12], "little")
+    header = json.loads(data[12:start])
+    rows = [data[at : at + 33] for at in range(start, len(data), 33)]
+    digest = next(row[:32] for row in rows if row[32] == ROLE_EVALUATED)
+    rows = sorted([*rows, digest + bytes([16])])
+    header["roles"]["16"] = "trained"
+    raw = canonical_json({**header, "count": len(rows)})
+    return data[:8] + len(raw).to_bytes(4, "little") + raw + b"".join(rows)
+
+
 def _hide_from_head(content: Any) -> None:
     content["images"]["num_trained"] -= 1
 
@@ -206,6 +218,16 @@ CHEATS = [
         "a record without a field", in_record(CURATED, lambda r: r.pop("code")), "record-malformed"
     ),
     settled(
+        "a record of inputs without end",
+        in_record(STUDENT, lambda r: r["inputs"].extend(r["inputs"] * 300)),
+        "record-malformed",
+    ),
+    settled(
+        "a report of rows without end",
+        in_json("evals.json", lambda r: r["rows"].extend(r["rows"] * 300)),
+        "evaluation-unbound",
+    ),
+    settled(
         "a record under another stage's name",
         in_record(CURATED, setting(stage="curated")),
         "record-malformed",
@@ -257,6 +279,19 @@ CHEATS = [
     settled(
         "a trained image hidden",
         all_of(in_images(_hide), in_json("release.json", _hide_from_head)),
+        "images-differ",
+    ),
+    settled(
+        "an image trained and evaluated on, by a role of another name",
+        in_bytes("images.bin", _second_name),
+        "images-malformed",
+    ),
+    settled(
+        "more images trained on, the list kept back",
+        all_of(
+            lambda folder: (folder / "images.bin").unlink(),
+            in_json("release.json", lambda c: c["images"].update(mode="digest", num_trained=10**9)),
+        ),
         "images-differ",
     ),
     settled("deduplication loosened", in_record(CURATED, _loosen), "dedup-threshold"),

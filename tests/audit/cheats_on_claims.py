@@ -5,6 +5,7 @@ from typing import Any
 from dinov3.release.record import digest_of
 from tests.audit.changes import (
     Edit,
+    all_of,
     in_bytes,
     in_gate,
     in_json,
@@ -43,6 +44,37 @@ def _add_subject(statement: Any) -> None:
     statement["subject"].append({"name": "more.safetensors", "digest": {"sha256": "0" * 64}})
 
 
+def _other_source(statement: Any) -> None:
+    parameters = statement["predicate"]["buildDefinition"]["externalParameters"]
+    parameters["source"] = [{"name": "public domain", "sha256": "0" * 64}]
+
+
+def _other_date(statement: Any) -> None:
+    statement["predicate"]["runDetails"]["metadata"]["startedOn"] = "1999-12-31T00:00:00Z"
+
+
+def _claim_level(statement: Any) -> None:
+    statement["predicate"]["buildDefinition"]["internalParameters"]["slsa_level"] = 3
+
+
+def _other_parts(**fields: Any) -> Edit:
+    def change(bill: Any) -> None:
+        for one in bill["components"]:
+            if one["type"] == "data":
+                one.update(fields)
+
+    return change
+
+
+def _other_network(bill: Any) -> None:
+    card = bill["metadata"]["component"]["modelCard"]
+    card["modelParameters"]["modelArchitecture"] = "ViT of depth 40 and width 4096"
+
+
+def _another_part(bill: Any) -> None:
+    bill["components"].append({"bom-ref": "x", "name": "more", "type": "data", "hashes": []})
+
+
 def _no_builder(statement: Any) -> None:
     statement["predicate"]["runDetails"]["builder"]["id"] = ""
 
@@ -59,6 +91,13 @@ def _policy(**fields: Any) -> Edit:
 
 _ROW = {"protocol": "k-NN", "metric": "top-1", "k": 5}
 _VACUOUS = {**_ROW, "at_least": -9.0}
+_BEYOND = {**_ROW, "at_least": 0.9}
+_HIDDEN = {
+    "passed": False,
+    "threshold": [{**_BEYOND, "subject": "model"}],
+    "result": {"contamination": "none", "values": [{"what": "k-NN top-1 k=5", "low": 0.65}]},
+    "reason": "rounding",
+}
 _OF_A_BASELINE = {**_ROW, "subject": "raw pixels", "at_least": 0.1}
 
 
@@ -99,6 +138,14 @@ CHEATS = [
         in_gate("training_health", passed=False, waiver={**_FORGED_WAIVER, "who": " "}),
         "check-failed",
     ),
+    settled(
+        "a waived gate that hides why it failed",
+        all_of(
+            in_json("release.json", _policy(evaluation=[_BEYOND])),
+            in_gate("evaluation", **_HIDDEN, waiver=_FORGED_WAIVER),
+        ),
+        "check-differs",
+    ),
     insider("health of a training unsaid", in_gate("training_health", result={}), "check-differs"),
     insider(
         "health of a training that was not",
@@ -126,6 +173,11 @@ CHEATS = [
         "release-malformed",
     ),
     insider(
+        "thresholds without end",
+        in_json("release.json", _policy(evaluation=[{**_ROW, "at_least": 0.1}] * 1001)),
+        "release-malformed",
+    ),
+    insider(
         "no threshold at all",
         in_json("release.json", _policy(evaluation=[])),
         "release-malformed",
@@ -143,6 +195,31 @@ CHEATS = [
         in_bytes("provenance.intoto.json", lambda _: b"{}\n"),
         "provenance-differs",
     ),
+    insider(
+        "another source in the statement",
+        in_json("provenance.intoto.json", _other_source),
+        "provenance-differs",
+    ),
+    insider(
+        "another date in the statement",
+        in_json("provenance.intoto.json", _other_date),
+        "provenance-differs",
+    ),
+    insider(
+        "a level claimed", in_json("provenance.intoto.json", _claim_level), "provenance-differs"
+    ),
+    insider(
+        "a bill of kinder licences",
+        in_json("mlbom.cdx.json", _other_parts(licenses=[{"expression": "CC0-1.0"}])),
+        "bom-differs",
+    ),
+    insider(
+        "a bill of other pictures",
+        in_json("mlbom.cdx.json", _other_parts(name="public domain")),
+        "bom-differs",
+    ),
+    insider("a bill with a part more", in_json("mlbom.cdx.json", _another_part), "bom-differs"),
+    insider("a bill of another network", in_json("mlbom.cdx.json", _other_network), "bom-differs"),
     insider("no builder", in_json("provenance.intoto.json", _no_builder), "provenance-differs"),
     insider("a metric of the bill changed", in_json("mlbom.cdx.json", _kinder_bom), "bom-differs"),
     insider(

@@ -1,11 +1,15 @@
 """Cheats on where weights come from: steps, logs, datasets, and what entered from outside."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from dinov3.release.record import canonical_json, digest_of
 from tests.audit.changes import (
     CURATED,
+    MANIFEST,
+    REPORT,
     STUDENT,
     TEACHER,
     Change,
@@ -18,7 +22,7 @@ from tests.audit.changes import (
     settled,
 )
 from tests.audit.cheats_on_chain import delete, forget, no_log
-from tests.audit.insider import edit_json, edit_record
+from tests.audit.insider import edit_json, edit_record, record_of
 
 
 def _without_evidence(folder: Path) -> None:
@@ -111,6 +115,49 @@ def _other_table(record: Any) -> None:
             edge["role"] = "table"
 
 
+def _excused(folder: Path) -> None:
+    """No training reads the dataset; each says that what it was trained on is unknown."""
+    for stage in (TEACHER, STUDENT):
+        edit_record(folder, stage, _drop_edge("dataset"))
+    for stage in (TEACHER, STUDENT, REPORT):
+        edit_record(folder, stage, lambda record: record["facts"].update(training_data="unknown"))
+
+
+def _secret_table(folder: Path) -> None:
+    """The student reads a second table of images, which its dataset knows nothing of."""
+    record = json.loads((folder / record_of(folder, MANIFEST)).read_bytes())
+    run = json.loads((folder / record_of(folder, MANIFEST, "runs")).read_bytes())
+    record["stage"] = stage = "a_secret_table"
+    record["outputs"]["manifest.parquet"]["sha256"] = sha256 = "7" * 64
+    run["record"] = digest = digest_of(record)
+    (folder / f"records/{stage}-{digest[:12]}.json").write_bytes(canonical_json(record))
+    (folder / f"runs/{stage}-{digest[:12]}.json").write_bytes(canonical_json(run))
+    edit_json(folder, "release.json", lambda c: c["records"].insert(0, [stage, digest]))
+    edge = {"role": "more", "name": "manifest.parquet", "sha256": sha256, "record": digest}
+    edit_record(folder, STUDENT, lambda student: student["inputs"].append(edge))
+
+
+def _borrowed_steps(folder: Path) -> None:
+    """The student goes on where the teacher ended: five steps more than it took."""
+
+    def change(record: Any) -> None:
+        _steps(9)(record)
+        (edge,) = [one for one in record["inputs"] if one["role"] == "teacher config"]
+        edge["role"] = "resume"
+
+    edit_record(folder, STUDENT, change)
+    _write_log(folder, TEACHER, range(1, 6))
+    _write_log(folder, STUDENT, range(6, 10))
+
+
+def _write_log(folder: Path, stage: str, steps: range) -> None:
+    lines = [json.dumps({"step": step, "time": float(step)}) + "\n" for step in steps]
+    data = "".join(lines).encode()
+    (folder / record_of(folder, stage, "events")).write_bytes(data)
+    beside = {"events.jsonl": hashlib.sha256(data).hexdigest()}
+    edit_json(folder, record_of(folder, stage, "runs"), setting(beside=beside))
+
+
 CHEATS = [
     settled("weights from nowhere", _from_nowhere(), "steps-differ"),
     settled(
@@ -146,6 +193,23 @@ CHEATS = [
     settled("a secret source of pictures", _smuggle("source", "secret"), "root-undeclared"),
     settled(
         "backgrounds that were trained on", _smuggle("backgrounds", "photos"), "root-undeclared"
+    ),
+    settled(
+        "pictures nobody lists, excused by outside weights that are not there",
+        _excused,
+        "root-undeclared",
+    ),
+    settled("a training on a second image table", _secret_table, "images-differ"),
+    settled("steps that another training took", _borrowed_steps, "steps-differ"),
+    settled(
+        "an image table from no source",
+        all_of(in_record(MANIFEST, setting(inputs=[])), in_json("release.json", setting(roots=[]))),
+        "root-undeclared",
+    ),
+    settled(
+        "an image table that nobody judged",
+        in_record(MANIFEST, lambda record: record["outputs"].pop("verdict.json")),
+        "record-malformed",
     ),
     settled(
         "an evaluation on another image table",

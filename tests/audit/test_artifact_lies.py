@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from dinov3.publish.private_key import PrivateKey
+from dinov3.release import artifacts
 from dinov3.release.audit import Audit, Question, audit_release
+from dinov3.release.checks import Node
 from dinov3.release.record import RECORD_NAME
 from dinov3.release.refusals import Refused
 from tests.released import rewrite_record
@@ -115,3 +117,19 @@ def test_artifact_made_again_since_is_told(release: Path, key: PrivateKey, data:
     rewrite_record(data / STUDENT, lambda record: record["facts"].update(num_images=10**6))
     open_ends = _audit(release, key, data).not_proven
     assert any("distilled_students_vits-" in one and "another of its" in one for one in open_ends)
+
+
+def test_evidence_swapped_after_it_was_hashed_is_not_believed(
+    release: Path, key: PrivateKey, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = artifacts._num_present
+
+    def swap(node: Node) -> int:
+        if node.folder == data / STUDENT:
+            (node.folder / "health.json").write_bytes(b'{"passed":true,"metrics":{}}')
+        return real(node)
+
+    monkeypatch.setattr(artifacts, "_num_present", swap)
+    with pytest.raises(Refused, match="changed after it was hashed") as caught:
+        _audit(release, key, data)
+    assert caught.value.name == "artifact-changed"

@@ -131,3 +131,13 @@ def test_log_larger_than_any_is_refused_unread(copy: Path, key: PrivateKey) -> N
     path = next((copy / "events").iterdir())
     os.truncate(path, 1 << 42)
     assert _refusal(copy, key) == ("file-changed", f"events/{path.name}")
+
+
+def test_documents_that_are_too_much_together_are_refused_unread(
+    copy: Path, key: PrivateKey
+) -> None:
+    for path in (*(copy / "records").iterdir(), *(copy / "runs").iterdir()):
+        os.truncate(path, 15 << 20)
+    with pytest.raises(Refused, match="bytes in all") as caught:
+        audit_release(copy, Question(key=key.public))
+    assert caught.value.name == "file-changed"

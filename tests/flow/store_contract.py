@@ -9,6 +9,7 @@ be killed, and only so does a reader see nothing but what the store shows.
 """
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -37,6 +38,15 @@ BEFORE_TAG = STEPS[: STEPS.index("tagged")]
 MANY_KILLS = [(step, number) for step in STEPS for number in range(10 if step in BEFORE_TAG else 5)]
 
 
+def _rewrite(path: Path) -> None:
+    path.write_text("edited")
+
+
+def _make_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+
+
 class StoreContract:
     """The promises; `place`, and the ways to hurt a store, are the subclass's."""
 
@@ -60,6 +70,10 @@ class StoreContract:
 
     def remake(self, place: Place, entry: Entry, folder: Path, publisher: Publisher) -> None:
         """Makes other bytes visible under a version that was published."""
+        raise NotImplementedError
+
+    def spoil(self, place: Place, entry: Entry) -> None:
+        """Makes a stored withdrawal unreadable."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -194,7 +208,7 @@ class StoreContract:
 
     def test_a_withdrawal_shows_and_stays(self, place: Place, publisher: Publisher, tmp_path: Path):
         entry = publisher.publish(place.open(), make_thin(tmp_path / "release"))
-        envelope = _withdrawal(entry, "trained on the test set", publisher)
+        envelope = withdrawal_of(entry, "trained on the test set", publisher)
         place.open().withdraw("vits", "0.1.0", envelope)
         (shown,) = place.open().entries()
         assert shown.withdrawn == "trained on the test set"
@@ -202,7 +216,7 @@ class StoreContract:
         assert place.open().audit(publisher.receipts()) == []
         place.open().withdraw("vits", "0.1.0", envelope)
         with pytest.raises(StoreError, match="already withdrawn"):
-            place.open().withdraw("vits", "0.1.0", _withdrawal(entry, "other", publisher))
+            place.open().withdraw("vits", "0.1.0", withdrawal_of(entry, "other", publisher))
 
     def test_a_withdrawal_of_another_release_is_not_attached(
         self, place: Place, publisher: Publisher, tmp_path: Path
@@ -210,7 +224,63 @@ class StoreContract:
         one = publisher.publish(place.open(), make_thin(tmp_path / "one"))
         publisher.publish(place.open(), make_thin(tmp_path / "two", version="0.1.1"))
         with pytest.raises(StoreError, match=r"the withdrawal names vits@0\.1\.0"):
-            place.open().withdraw("vits", "0.1.1", _withdrawal(one, "why", publisher))
+            place.open().withdraw("vits", "0.1.1", withdrawal_of(one, "why", publisher))
+
+    def test_an_unreadable_withdrawal_hides_no_other_and_its_release_does_not_look_sound(
+        self, place: Place, publisher: Publisher, tmp_path: Path
+    ):
+        entries = [
+            publisher.publish(place.open(), make_thin(tmp_path / version, version=version))
+            for version in ("0.1.0", "0.1.1", "0.1.2")
+        ]
+        envelopes = [withdrawal_of(entry, "why", publisher) for entry in entries[:2]]
+        for entry, envelope in zip(entries, envelopes, strict=False):
+            place.open().withdraw(entry.model, entry.version, envelope)
+        self.spoil(place, entries[0])
+        first, second, third = place.open().entries()
+        assert str(first.withdrawn).startswith("a withdrawal that says nothing: ")
+        assert (second.withdrawn, third.withdrawn) == ("why", None)
+        assert envelopes[1] in place.open().withdrawals()
+        findings = place.open().audit(publisher.receipts())
+        assert any("vits@0.1.0: a withdrawal that says nothing" in one for one in findings)
+        assert not any("vits@0.1.1" in one or "vits@0.1.2" in one for one in findings)
+        publisher.publish(place.open(), make_thin(tmp_path / "fourth", version="0.1.3"))
+
+    def test_what_is_fetched_is_on_the_disk_before_it_appears(
+        self, place: Place, publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        publisher.publish(place.open(), make_thin(tmp_path / "release"))
+        synced, fsync = set(), os.fsync
+
+        def note(descriptor: int) -> None:
+            synced.add(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", note)
+        fetched = tmp_path / "to" / "fetched"
+        place.open().fetch("vits", "0.1.0", fetched)
+        places = [fetched.parent, fetched, *fetched.rglob("*")]
+        assert [place for place in places if place.stat().st_ino not in synced] == []
+
+    @pytest.mark.parametrize("change", [Path.unlink, _rewrite, _make_link])
+    def test_a_release_that_changes_while_it_is_published_is_said_so_and_not_visible(
+        self,
+        place: Place,
+        publisher: Publisher,
+        tmp_path: Path,
+        change: Callable[[Path], None],
+    ):
+        publisher.publish(place.open(), make_thin(tmp_path / "first"))
+        folder = make_thin(tmp_path / "release", version="0.1.1")
+
+        def on_step(step: str) -> None:
+            if step == "staged":
+                change(folder / "README.md")
+
+        with pytest.raises(StoreError, match=r"changed while it was published.*Run it again"):
+            publisher.publish(place.open(), folder, on_step=on_step)
+        assert [entry.version for entry in place.open().entries()] == ["0.1.0"]
+        assert place.open().prune() == []
 
     def test_racing_publishers_of_the_same_bytes_all_succeed(
         self, place: Place, publisher: Publisher, tmp_path: Path
@@ -298,6 +368,7 @@ class StoreContract:
         status, report, errors = run_publisher(place, folder, publisher)
         assert status == 0, errors
         assert report["digest"] == release.digest
+        assert place.open().unfinished() == []
         place.open().prune()
         assert place.open().prune() == []
         assert publisher.published().count((release.model, release.version)) == 1
@@ -353,7 +424,7 @@ class StoreContract:
         assert max(peaks.values()) <= 300e6, peaks
 
 
-def _withdrawal(entry: Entry, reason: str, publisher: Publisher) -> bytes:
+def withdrawal_of(entry: Entry, reason: str, publisher: Publisher) -> bytes:
     receipt = Receipt(
         "withdraw",
         entry.model,

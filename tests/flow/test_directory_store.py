@@ -15,6 +15,7 @@ import pytest
 
 from dinov3.errors import LineageBroken, StoreError
 from dinov3.publish import directory_store
+from dinov3.publish.directory_store import DirectoryStore
 from dinov3.publish.store import Entry
 from tests.flow.publishers import (
     Place,
@@ -24,7 +25,7 @@ from tests.flow.publishers import (
     run_publisher,
     start_reader,
 )
-from tests.flow.store_contract import StoreContract
+from tests.flow.store_contract import StoreContract, withdrawal_of
 
 
 class TestDirectoryStore(StoreContract):
@@ -57,6 +58,9 @@ class TestDirectoryStore(StoreContract):
 
     def forget(self, place: Place, entry: Entry) -> None:
         _last_line(place).unlink()
+
+    def spoil(self, place: Place, entry: Entry) -> None:
+        (_root(place) / "withdrawals" / f"{entry.name}.json").write_bytes(b"{}")
 
     def remake(self, place: Place, entry: Entry, folder: Path, publisher: Publisher) -> None:
         self.forget(place, entry)
@@ -221,6 +225,30 @@ class TestDirectoryStore(StoreContract):
         ]
         assert publisher.publish(place.open(), folder) == entry
         place.open().fetch("vits", "0.1.0", tmp_path / "fetched")
+
+    def test_what_is_published_and_withdrawn_during_an_audit_is_no_contradiction(
+        self, place: Place, publisher: Publisher, tmp_path: Path
+    ):
+        publisher.publish(place.open(), make_thin(tmp_path / "first"))
+        receipts = publisher.receipts()
+
+        class Meddled(DirectoryStore):
+            def entries(self) -> list[Entry]:
+                found = super().entries()
+                late = publisher.publish(place.open(), make_thin(tmp_path / "2", version="0.1.1"))
+                place.open().withdraw("vits", "0.1.1", withdrawal_of(late, "why", publisher))
+                return found
+
+        assert Meddled(_root(place)).audit(receipts) == []
+
+    def test_a_stopped_publisher_holds_no_version(
+        self, place: Place, publisher: Publisher, tmp_path: Path
+    ):
+        publisher.publish(place.open(), make_thin(tmp_path / "first"))
+        run_publisher(place, make_thin(tmp_path / "one", version="0.1.1"), publisher, "merged")
+        assert place.open().unfinished() == []
+        other = make_thin(tmp_path / "other", version="0.1.1", text="other")
+        publisher.publish(place.open(), other)
 
     def test_a_lock_that_is_never_let_go_ends_in_an_error(
         self, place: Place, publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

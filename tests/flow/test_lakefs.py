@@ -1,5 +1,7 @@
 """The project's lakeFS server and its client, against each other."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -18,7 +20,7 @@ import pytest
 
 from dinov3.errors import StoreError
 from dinov3.lake import Lake, client
-from tests.lakefs_server import TOOLS, Server, running_server
+from tests.lakefs_server import CACHE, TOOLS, Server, require_binary, running_server
 
 CLAIM = {"audited_commit": "x"}
 
@@ -142,6 +144,38 @@ def test_a_second_start_says_that_it_runs_already(server):
     assert server.pid == pid
 
 
+def begin_start(server: Server) -> subprocess.Popen:
+    """A start that goes on beside the test."""
+    command = [sys.executable, TOOLS / "server.py", "start", "--state", server.state, "--port", "0"]
+    environment = {**os.environ, "XDG_CACHE_HOME": CACHE}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_second_start_waits_until_the_server_of_the_first_answers(own_server):
+    with own_server.hung():
+        second = begin_start(own_server)
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(1)
+    said = second.communicate()[1]
+    assert second.returncode == 0
+    assert f"runs already at {own_server.environment['LAKEFS_ENDPOINT']}" in said
+
+
+def test_a_second_start_takes_over_from_a_first_that_gave_up(tmp_path):
+    require_binary()
+    own = Server(tmp_path / "own")
+    own.state.mkdir()
+    with (own.state / "lock").open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = begin_start(own)
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(1)
+    said = second.communicate()[1]
+    assert second.returncode == 0, said
+    assert own.lake().storage_kind() == "local"
+    own.stop()
+
+
 def test_keys_are_readable_by_their_owner_alone_and_the_secret_is_not_printed(own_server):
     for name in ("env", "keys.json", "config.yaml", "pid"):
         assert stat.S_IMODE((own_server.state / name).stat().st_mode) == 0o600, name
@@ -191,6 +225,26 @@ def test_a_port_that_was_not_asked_for_is_left_to_who_has_it(tmp_path):
         own.stop()
 
 
+def test_a_port_of_another_kind_of_server_is_left_to_it(tmp_path):
+    own = Server(tmp_path / "own")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def greet():
+            with contextlib.suppress(OSError):
+                while True:
+                    with other.accept()[0] as connection:
+                        connection.sendall(b"SSH-2.0-other\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        started = own.tool("start", "--port", str(other.getsockname()[1]))
+        other.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert started.returncode == 1
+    assert "did not start" in started.stderr
+    assert "Traceback" not in started.stderr
+
+
 def test_stopping_where_nothing_ever_ran_is_no_error(tmp_path):
     assert Server(tmp_path / "nothing").tool("stop").returncode == 0
 
@@ -224,6 +278,18 @@ def test_what_is_staged_is_in_no_commit(lake, repo):
     lake.put(repo, "main", "a", b"1")
     assert lake.resolve(repo, "main") == head
     assert lake.stat(repo, head, "a") is None
+
+
+def test_only_what_a_commit_would_change_counts_as_staged(lake, repo):
+    assert not lake.has_staged(repo, "main")
+    commit_files(lake, repo, "main", {"a": b"1", "z": b"1"})
+    assert not lake.has_staged(repo, "main")
+    lake.put(repo, "main", "a", b"1")
+    assert not lake.has_staged(repo, "main")
+    lake.put(repo, "main", "z", b"2")
+    assert lake.has_staged(repo, "main")
+    with pytest.raises(StoreError, match="nowhere: not there"):
+        lake.has_staged(repo, "nowhere")
 
 
 def test_listing_goes_over_all_pages_in_order_of_bytes(lake, repo, monkeypatch):

@@ -150,6 +150,25 @@ def test_stopped_load_goes_on_where_it_stopped(reached, pictures, capsys):
     assert capsys.readouterr().out == said.out  # nothing new: the commit it had
 
 
+HOOK = b"""\
+name: closed
+on:
+  pre-commit:
+hooks:
+  - id: closed
+    type: lua
+    properties:
+      script: error("no changes on a Sunday")
+"""
+
+
+def test_commit_that_a_hook_refuses_is_no_success_whatever_it_says(reached, pictures, capsys):
+    repo = reached.repository()
+    reached.lake().put(repo, "main", "_lakefs_actions/closed.yaml", HOOK)
+    assert lake_verb(["put", str(pictures), f"{repo}/main"]) == 2
+    assert "no changes on a Sunday" in capsys.readouterr().err
+
+
 def test_load_killed_in_the_middle_is_finished_by_the_same_command(reached, tmp_path):
     repo = reached.repository()
     folder = tmp_path / "many"

@@ -12,17 +12,32 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dinov3.errors import DinoError, LineageBroken, StoreError, StoreMissing
+from dinov3 import cli
+from dinov3.errors import (
+    AlreadyPublished,
+    DinoError,
+    LineageBroken,
+    StoreError,
+    StoreMissing,
+)
 from dinov3.lake import Lake
 from dinov3.publish.lakefs_index import HOOK, INDEX
 from dinov3.publish.lakefs_main import Change, Main
 from dinov3.publish.lakefs_store import LakefsStore, open_lakefs_store
-from dinov3.publish.store import STEPS, Entry, read_release
+from dinov3.publish.releases import next_version
+from dinov3.publish.store import STEPS, Entry, held_versions, read_release
 from dinov3.release.files import format_sums
-from tests.flow.store_contract import Place, Publisher, StoreContract, make_thin
+from tests.flow.store_contract import (
+    Place,
+    Publisher,
+    StoreContract,
+    make_thin,
+    withdrawal_of,
+)
 from tests.lakefs_server import Server, running_server
 
 AT_SERVER = STEPS[: STEPS.index("receipted")]  # the receipt is written to git, not to the server
@@ -82,17 +97,26 @@ class TestLakefsStore(StoreContract):
     def damage(self, place: Place, entry: Entry, name: str) -> None:
         with place.open().open_file(entry.model, entry.version, name) as stream:
             data = stream.read()
-        (path,) = [
-            path
-            for path in (self.server.state / "data").rglob("*")
-            if path.is_file() and path.read_bytes() == data and repo_of(place) in str(path)
-        ]
+        path = self.stored(place, data)
         changed = bytearray(data)
         changed[len(data) // 2] ^= 1
         path.write_bytes(changed)
 
     def forget(self, place: Place, entry: Entry) -> None:
         untag(self.server.lake(), repo_of(place), entry)
+
+    def spoil(self, place: Place, entry: Entry) -> None:
+        name = f"withdrawals/{entry.name}.json"
+        self.stored(place, self.server.lake().read(repo_of(place), "main", name)).unlink()
+
+    def stored(self, place: Place, data: bytes) -> Path:
+        """The file in which the server keeps these bytes."""
+        (path,) = [
+            path
+            for path in (self.server.state / "data").rglob("*")
+            if path.is_file() and path.read_bytes() == data and repo_of(place) in str(path)
+        ]
+        return path
 
     def remake(self, place: Place, entry: Entry, folder: Path, publisher: Publisher) -> None:
         lake, repo = self.server.lake(), repo_of(place)
@@ -131,8 +155,9 @@ def plant(lake: Lake, repo: str, files: dict[str, bytes], model: str, version: s
 
     digest = hashlib.sha256(repr(files).encode()).hexdigest()
     change = Change("publish", model, version, digest, prefix, hashes, opened)
-    merged = Main(lake, repo).land(change, lambda _: None, lambda _: None)
-    assert lake.tag(repo, f"release.{model}.{version}", merged)
+    main = Main(lake, repo)
+    merged = main._land_on(main.head(), change, lambda _: None, lambda _: None)
+    assert lake.tag(repo, f"release.{model}.{version}", merged.id)
 
 
 def reset(lake: Lake, repo: str, commit: str) -> None:
@@ -353,7 +378,7 @@ def test_bytes_that_change_between_upload_and_merge_are_never_merged(
         if step == "uploaded":
             (path,) = [
                 path
-                for path in (server.state / "data").rglob("*")
+                for path in (server.state / "data" / store._repo).rglob("*")
                 if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
             ]
             path.write_bytes(data.swapcase())
@@ -375,7 +400,7 @@ def test_bytes_that_change_between_merge_and_tag_are_never_tagged(
         if step == "merged":
             (path,) = [
                 path
-                for path in (server.state / "data").rglob("*")
+                for path in (server.state / "data" / store._repo).rglob("*")
                 if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
             ]
             path.write_bytes(data.swapcase())
@@ -383,6 +408,134 @@ def test_bytes_that_change_between_merge_and_tag_are_never_tagged(
     with pytest.raises(LineageBroken, match=r"README\.md: not the bytes sent"):
         publisher.publish(store, folder, on_step=damage)
     assert [entry.version for entry in store.entries()] == ["0.1.0"]
+
+
+def interrupt_at(wanted: str) -> Callable[[str], None]:
+    def on_step(step: str) -> None:
+        if step == wanted:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def test_a_version_held_by_a_stopped_publisher_is_named_and_finished_or_passed_over(
+    server: Server,
+    store: LakefsStore,
+    publisher: Publisher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    publisher.publish(store, make_thin(tmp_path / "one"))
+    stopped = make_thin(tmp_path / "two", version="0.1.1", text="two")
+    other = make_thin(tmp_path / "other", version="0.1.1", text="other")
+    with pytest.raises(KeyboardInterrupt):
+        publisher.publish(store, stopped, on_step=interrupt_at("merged"))
+    digest = read_release(stopped).digest
+    with pytest.raises(AlreadyPublished, match=f"{digest}, not visible yet. Publish that release"):
+        publisher.publish(store, other)
+    assert [entry.version for entry in store.entries()] == ["0.1.0"]
+    assert [(entry.version, entry.digest) for entry in store.unfinished()] == [("0.1.1", digest)]
+    built = read_release(other)
+    assert next_version("vits", held_versions(store), release=built) == "0.1.2"
+    assert next_version("vits", held_versions(store), release=read_release(stopped)) == "0.1.1"
+    enter(monkeypatch, server)
+    assert cli.run(["releases", "prune", "--store", f"lakefs://{store._repo}"]) == 0
+    removed, held = capsys.readouterr().out.splitlines()
+    assert removed == "0 removed"
+    assert held.startswith(f"vits@0.1.1: held by release digest {digest}")
+    publisher.publish(store, stopped)
+    assert store.unfinished() == []
+    assert store.audit(publisher.receipts()) == []
+
+
+def meddled(
+    store: LakefsStore, at: int, act: Callable[[], object]
+) -> tuple[LakefsStore, list[str]]:
+    """The store, but something happens before its client's question of that number."""
+    asked: list[str] = []
+
+    class Meddled(Lake):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("resolve", "tags", "log", "list"):
+                asked.append(name)
+                if len(asked) == at:
+                    act()
+            return super().__getattribute__(name)
+
+    lake = store._lake
+    keys = lake.access_key_id, lake.secret_access_key
+    return LakefsStore(Meddled(lake.endpoint, *keys, lake.timeout), store._repo), asked
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_what_is_published_during_an_audit_is_no_contradiction(
+    store: LakefsStore, publisher: Publisher, tmp_path: Path, at: int
+):
+    publisher.publish(store, make_thin(tmp_path / "one"))
+    second = make_thin(tmp_path / "two", version="0.1.1")
+    receipts = publisher.receipts()
+    reader, asked = meddled(store, at, lambda: publisher.publish(store, second))
+    assert set(reader.audit(receipts)) <= {"vits@0.1.1: visible without a receipt"}
+    assert len(asked) >= at
+
+
+@pytest.mark.parametrize("at", range(1, 5))  # up to its own merge
+@pytest.mark.parametrize("text", ["equal", "other"])
+def test_a_version_lands_once_whenever_another_publisher_comes_in_between(
+    store: LakefsStore, publisher: Publisher, tmp_path: Path, at: int, text: str
+):
+    publisher.publish(store, make_thin(tmp_path / "one"))
+    first = make_thin(tmp_path / "first", version="0.1.1", text="equal")
+    own = make_thin(tmp_path / "own", version="0.1.1", text=text)
+    late, asked = meddled(store, at, lambda: publisher.publish(store, first))
+    refused = pytest.raises(AlreadyPublished, match=r"already published with other bytes.*next ver")
+    with contextlib.nullcontext() if text == "equal" else refused:
+        publisher.publish(late, own)
+    assert len(asked) >= at
+    landed = [one for one in store._main.history() if one.metadata["version"] == "0.1.1"]
+    assert len(landed) == 1
+    assert store.entries()[-1].digest == read_release(first).digest
+    assert store.audit(publisher.receipts()) == []
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_the_first_of_two_withdrawals_stays_whenever_it_comes_in_between(
+    store: LakefsStore, publisher: Publisher, tmp_path: Path, at: int
+):
+    entry = publisher.publish(store, make_thin(tmp_path / "one"))
+    first, second = (withdrawal_of(entry, why, publisher) for why in ("first", "second"))
+    late, asked = meddled(store, at, lambda: store.withdraw("vits", "0.1.0", first))
+    with pytest.raises(StoreError, match="already withdrawn, because: first"):
+        late.withdraw("vits", "0.1.0", second)
+    assert len(asked) >= at
+    assert store.withdrawals() == [first]
+
+
+def test_a_withdrawal_taken_out_of_main_is_put_back_by_withdrawing_again(
+    store: LakefsStore, lake: Lake, publisher: Publisher, tmp_path: Path
+):
+    entry = publisher.publish(store, make_thin(tmp_path / "one"))
+    envelope = withdrawal_of(entry, "why", publisher)
+    store.withdraw("vits", "0.1.0", envelope)
+    repo = store._repo
+    path = "withdrawals/vits@0.1.0.json"
+    lake._sdk.call("withdrawal", lake._sdk.objects.delete_object, repo, "main", path)
+    lake.commit(repo, "main", "taken out")
+    assert store.entries()[0].withdrawn is None
+    store.withdraw("vits", "0.1.0", envelope)
+    assert store.entries()[0].withdrawn == "why"
+
+
+def test_a_cache_emptied_under_a_publisher_does_not_stop_it(
+    store: LakefsStore, publisher: Publisher, tmp_path: Path
+):
+    def empty(step: str) -> None:
+        if step == "uploaded":
+            shutil.rmtree(tmp_path / "cache")
+
+    publisher.publish(store, make_thin(tmp_path / "one"), on_step=empty)
+    assert store.audit(publisher.receipts()) == []
 
 
 def test_runs_of_another_machine_are_pruned_after_a_day(

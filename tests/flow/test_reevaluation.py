@@ -15,7 +15,8 @@ import dagster as dg
 import pytest
 import yaml
 
-from assets.release_checks import judge_gate
+from assets.release_checks import intact, judge_gate
+from dinov3.publish.keys import revoke
 from dinov3.publish.publishing import withdraw_release
 from dinov3.publish.store import open_store
 from dinov3.publish.waivers import note_attempt
@@ -23,7 +24,7 @@ from orchestration.definitions import defs
 from orchestration.reevaluation import CHECK, KEY, RELEASES, reevaluation_asset
 from orchestration.schedules import novelty_sensor, reevaluation_job, weekly_reevaluation
 from tests.reevaluated import measured_chain, paint, publish
-from tests.released import make_key
+from tests.released import make_chain, make_key, make_release, rewrite_record
 
 MONDAY = datetime.datetime(2026, 11, 23, 5, tzinfo=datetime.UTC)
 NAMES = ["vits@0.1.0", "vits@0.2.0"]
@@ -157,6 +158,7 @@ def test_runs_of_a_tick_turn_the_check_red_for_the_regression_alone(judged):
     assert (red.check_name, red.severity) == (CHECK, dg.AssetCheckSeverity.ERROR)
     assert "figures fell beyond their tolerance" in red.description
     assert "**regression**" in red.metadata["figures"].value
+    assert red.metadata["page"].value.endswith(".html")
 
 
 def test_both_releases_left_dated_reports_and_the_alert_was_called(place, judged):
@@ -233,6 +235,36 @@ def test_sensor_asks_once_and_again_for_new_pictures(place, instance):
     assert place.look(instance, json.dumps(known))[0] == ["vits@0.2.0"]
 
 
+def test_places_are_those_of_the_checkout_wherever_the_daemon_runs(
+    place, instance, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    place.write_params(benchmark="folder:benchmark")
+    try:
+        assert place.look(instance)[0] == NAMES
+    finally:
+        place.write_params()
+
+
+def test_same_pictures_listed_by_other_code_are_nothing_new(place, instance):
+    """Without a benchmark of their own, releases are judged on what the pipeline held out."""
+    images, table = place.root / "data" / "image_manifest", "manifest.parquet"
+    place.write_params(benchmark="")
+    try:
+        assert place.look(instance) == ([], None)  # no pictures yet
+        shutil.copytree(place.root / "0.1.0" / "image_manifest", images)
+        asked, cursor = place.look(instance)
+        assert asked == NAMES
+        rewrite_record(images, lambda record: record.update(code="0" * 64))
+        assert place.look(instance, cursor)[0] == []
+        other = {"sha256": "1" * 64}
+        rewrite_record(images, lambda record: record["outputs"][table].update(other))
+        assert place.look(instance, cursor)[0] == NAMES
+    finally:
+        shutil.rmtree(images, ignore_errors=True)
+        place.write_params()
+
+
 def test_schedule_and_sensor_are_off_until_somebody_wants_them():
     schedule = defs.resolve_schedule_def("weekly_reevaluation")
     sensor = defs.resolve_sensor_def("new_release_or_benchmark")
@@ -284,3 +316,37 @@ def test_refused_release_shows_which_gates_refused_it(tmp_path):
     assert judge_gate(folder, "chain").passed
     assert "0.1.0 of 2026-11-23" in judge_gate(folder, "licences").description
     assert not judge_gate(folder, "licences").passed
+
+
+def test_attempt_that_passed_and_left_no_release_is_not_called_refused(tmp_path):
+    folder, log = tmp_path / "data" / "releases" / "vits", tmp_path / "data" / "release_log"
+    for made in (folder, log):
+        made.mkdir(parents=True)
+    note_attempt(log, model="vits", version="0.1.0", failed=[], judged="", day=MONDAY.date())
+    judgement = judge_gate(folder, "chain")
+    assert not judgement.passed
+    assert "There is no release; its attempt at vits@0.1.0" in judgement.description
+
+
+def test_release_is_intact_until_a_file_changes_or_its_key_is_revoked(tmp_path):
+    chain = make_chain(tmp_path / "data")
+    key = make_key(chain.log / "keys")
+    release = make_release(tmp_path, chain=chain, key=key)
+    settings = {"store": "directory:store", "key": "demo", "benchmark": ""}
+    params = {"recipe": "smoke_cpu", "source": "folder:x", "release": settings}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    whole = intact(release.parent)
+    assert whole.passed
+    assert key.fingerprint in whole.description
+    revoke(key.fingerprint, "lost with a laptop", chain.log)
+    assert "revoked on 20" in intact(release.parent).description
+    assert not intact(release.parent).passed
+    (chain.log / "revoked.json").write_text("{")
+    assert not intact(release.parent).passed
+    (chain.log / "revoked.json").unlink()
+    (release / "README.md").write_bytes((release / "README.md").read_bytes() + b"\n")
+    assert "README.md" in intact(release.parent).description
+    (chain.log / "keys" / "demo.pub").unlink()
+    assert "Copy demo.pub from the folder of keys" in intact(release.parent).description
+    shutil.rmtree(release)
+    assert intact(release.parent).description == "There is no release: its gates refused it."

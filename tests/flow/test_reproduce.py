@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dinov3.errors import ConfigError, DataError
+from dinov3.errors import ConfigError, DataError, StoreError
 from dinov3.publish.build import ReleaseRequest, build_release
 from dinov3.publish.pipeline_commands import read_commands
 from dinov3.publish.recorded_code import default_runs, environment_of, find_code
@@ -145,6 +145,7 @@ class Made:
                 output=self.root / "releases" / model,
                 config=load_recipe("smoke_cpu", [f"policy.evaluation=[{GATE}]"], phase="release"),
                 key=self.key,
+                recipe="smoke_cpu",
             )
         )
 
@@ -250,6 +251,36 @@ def test_name_without_a_store_is_refused(tmp_path):
         remake("vits@0.1.0", store=None, key=None, source="x:y", scratch=None, say=print)
 
 
+def test_with_a_store_a_folder_of_that_name_is_not_looked_at(tmp_path, monkeypatch):
+    (tmp_path / "vits@0.1.0").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="store"):
+        remake(
+            "vits@0.1.0",
+            store=f"directory:{tmp_path / 'none'}",
+            key=None,
+            source="x:y",
+            scratch=None,
+            say=print,
+        )
+
+
+def test_key_that_comes_with_the_release_vouches_for_nothing(made, release, tmp_path):
+    inside = tmp_path / "release"
+    shutil.copytree(release, inside)
+    (inside / "demo.pub").write_bytes(made.key.public)
+    done = dinov3("reproduce", inside, "--source", made.source, "--key", inside / "demo.pub")
+    assert done.returncode == 2
+    assert "key: lies in the release itself" in done.stderr
+
+
+def test_scratch_that_is_a_file_is_no_verdict(tmp_path):
+    (tmp_path / "file").touch()
+    done = dinov3("reproduce", "x", "--source", "x:y", "--scratch", tmp_path / "file")
+    assert done.returncode == 2
+    assert "File exists" in done.stderr
+
+
 def test_scratch_folder_must_be_empty(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="scratch: not empty"):
@@ -286,7 +317,7 @@ def test_settings_that_change_no_result_are_those_of_the_code():
 
 
 def test_code_of_this_checkout_is_used_as_it_is(tmp_path):
-    assert find_code(code_digest(), {}, tmp_path) == CHECKOUT
+    assert find_code(code_digest(), {}, tmp_path, is_trusted=False) == CHECKOUT
 
 
 def git(folder, *arguments):
@@ -315,27 +346,56 @@ def changed_code(tmp_path):
 
 def test_code_of_another_checkout_is_restored_from_commit_and_difference(changed_code, tmp_path):
     digest, run = changed_code
-    found = find_code(digest, run, tmp_path / "code")
+    found = find_code(digest, run, tmp_path / "code", is_trusted=True)
     assert found != CHECKOUT
     assert (found / "dinov3" / "__init__.py").read_text().endswith("# changed\n")
-    assert find_code(digest, run, tmp_path / "code") == found
+    assert find_code(digest, run, tmp_path / "code", is_trusted=True) == found
     assert str(tmp_path) not in git(CHECKOUT, "worktree", "list")
 
 
 def test_commit_of_other_code_is_refused(changed_code, tmp_path):
     digest, run = changed_code
     with pytest.raises(DataError, match="has other code, got"):
-        find_code(digest, {"commit": run["commit"]}, tmp_path / "code")
+        find_code(digest, {"commit": run["commit"]}, tmp_path / "code", is_trusted=False)
+
+
+def test_difference_that_nobody_vouches_for_is_not_run(changed_code, tmp_path):
+    digest, run = changed_code
+    with pytest.raises(DataError, match=r"no key that vouches for it\. Give --key"):
+        find_code(digest, run, tmp_path / "code", is_trusted=False)
+    assert not (tmp_path / "code").exists()
+
+
+def test_code_that_a_release_carries_is_not_run_without_its_signers_key(made, tmp_path):
+    """Its records name code of their own, and the difference that makes it."""
+    elsewhere, mark = made.copy(tmp_path / "elsewhere"), tmp_path / "ran"
+    diff = (
+        "diff --git a/dinov3/__init__.py b/dinov3/__init__.py\n"
+        "--- a/dinov3/__init__.py\n+++ b/dinov3/__init__.py\n@@ -0,0 +1 @@\n"
+        f"+open({str(mark)!r}, 'w')\n"
+    )
+    rewrite_record(elsewhere.checkpoint, lambda record: record.update(code="0" * 64))
+    commit = git(CHECKOUT, "rev-parse", "HEAD").strip()
+    change_run(elsewhere.checkpoint, commit=commit, dirty=True, diff=diff)
+    shutil.rmtree(elsewhere.data / "eval_reports")
+    elsewhere.judge()
+    release = elsewhere.release()
+    done = dinov3("reproduce", release, "--source", made.source)
+    assert done.returncode == 2, done.stderr
+    assert "no key that vouches for it. Give --key." in done.stderr
+    assert "image_manifest: " not in done.stderr
+    assert not mark.exists()
 
 
 def test_code_without_a_commit_cannot_be_restored(tmp_path):
-    with pytest.raises(DataError, match="its run names no commit"):
-        find_code("0" * 64, {"commit": None}, tmp_path)
+    for commit in (None, "", "--help", "HEAD"):
+        with pytest.raises(DataError, match="its run names no commit"):
+            find_code("0" * 64, {"commit": commit}, tmp_path, is_trusted=False)
 
 
 def test_lost_commit_is_named(tmp_path):
     with pytest.raises(DataError, match="the recorded code cannot be restored"):
-        find_code("0" * 64, {"commit": "0" * 40}, tmp_path)
+        find_code("0" * 64, {"commit": "0" * 40}, tmp_path, is_trusted=False)
 
 
 OUTPUTS = {"a.safetensors": Output("1" * 64, 9, "2" * 64), "b.json": Output("3" * 64, 9)}

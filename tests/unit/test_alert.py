@@ -1,6 +1,7 @@
 """Alerts over a real process and a real server: delivered whole, bounded, never raised."""
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -103,6 +104,22 @@ def test_missing_command_is_reported():
     assert failure == "alert command /no/such/program: cannot be run: No such file or directory"
 
 
+def test_nothing_about_a_command_is_raised(monkeypatch):
+    (failure,) = send(command=["a\0b"])
+    assert "cannot be run: embedded null byte" in failure
+    monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
+    (failure,) = send(command=python("pass"))
+    assert "cannot be run: No such file or directory" in failure
+
+
+def test_name_that_is_not_utf8_reaches_the_command_as_json(tmp_path):
+    path = tmp_path / "got.json"
+    code = f"import sys; open({str(path)!r}, 'wb').write(sys.stdin.buffer.read())"
+    finding = {"report": os.fsdecode(b"bad-\xff.json")}
+    assert send_alert(finding, command=python(code), webhook=None, timeout=20.0) == []
+    assert json.loads(path.read_bytes()) == finding
+
+
 def test_hanging_command_and_its_children_are_ended(tmp_path):
     path = tmp_path / "pid"
     code = (
@@ -196,6 +213,21 @@ def test_server_that_drips_is_left_when_its_time_is_over():
         finally:
             over.set()
             thread.join()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1/secret",
+        "http://127.0.0.1:1/secret of mine",
+        "http://127.0.0.1:secret/",
+        "http://\udcff/secret",
+    ],
+)
+def test_url_that_is_none_is_reported_without_its_secret(url):
+    (failure,) = send(webhook=url)
+    assert failure.startswith("alert webhook: not reached: ")
+    assert "secret" not in failure
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/x", "hook"])

@@ -379,18 +379,27 @@ def test_version_is_three_numbers(chain, key, version):
         build_release(a_request(chain, version=version, key=key))
 
 
-def test_weights_that_change_after_the_gates_do_not_get_in(chain, key, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("distilled_students/vits/backbone.safetensors", "plain"),
+        ("curated_dataset/images.bin", "plain"),
+        ("curated_dataset/images.bin", "keyed"),
+    ],
+)
+def test_what_changes_after_the_gates_does_not_get_in(name, mode, chain, key, monkeypatch):
     from dinov3.publish import build
 
     def tamper(folder, draft):
-        path = chain.model() / "backbone.safetensors"
+        path = chain.root / name
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
         write(folder, draft)
 
     write = build.write_contents
     monkeypatch.setattr(build, "write_contents", tamper)
+    request = a_request(chain, key=key, overrides=[f"images={mode}"])
     with pytest.raises(LineageBroken, match="changed while the release was built"):
-        build_release(a_request(chain, key=key))
+        build_release(replace(request, salt=SALT if mode == "keyed" else None))
     assert not (chain.root / "releases" / "vits" / "release").exists()
 
 

@@ -40,11 +40,19 @@ def drawn(*reports):
     return ElementTree.fromstring(draw_history("vits", history_of(reports)))
 
 
-def test_reports_come_by_version_as_a_number_and_by_date(tmp_path):
+def test_columns_come_by_version_as_a_number_and_dots_by_date(tmp_path):
     for number, (version, date) in enumerate([("0.10.0", "1"), ("0.9.0", "2"), ("0.9.0", "1")]):
         write(tmp_path, report(version, date, row(0.8)), f"r{number}")
-    found = [(one["release"]["version"], one["date"]) for one in read_reports(tmp_path)]
-    assert found == [("0.9.0", "1"), ("0.9.0", "2"), ("0.10.0", "1")]
+    now = report("0.9.0", "3", row(0.7))  # the newest measurement is of an old release
+    (series,) = history_of([*read_reports(tmp_path), now])
+    found = [(one.version, [dot.date for dot in one.measured]) for one in series.columns]
+    assert found == [("0.9.0", ["1", "2", "3"]), ("0.10.0", ["1"])]
+
+
+def test_first_measurement_of_an_old_release_stands_before_newer_ones():
+    newer, older = report("0.10.0", "1", row(0.8)), report("0.9.0", "2", row(0.8))
+    (series,) = history_of([newer, older])
+    assert [one.version for one in series.columns] == ["0.9.0", "0.10.0"]
 
 
 def test_a_model_without_reports_has_no_history(tmp_path):

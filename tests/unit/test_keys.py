@@ -282,6 +282,8 @@ def test_show_takes_a_name_a_public_and_a_private_file(folder, capsys, tmp_path)
 def test_show_of_nothing_is_refused(capsys):
     assert main(["show", "absent"]) == 2
     assert "absent: no public key in" in capsys.readouterr().err
+    assert main(["show", "a" * 300]) == 2
+    assert "File name too long. Name another key or folder." in capsys.readouterr().err
 
 
 def test_log_gets_the_public_key_and_no_second_one(tmp_path, folder, capsys):
@@ -347,9 +349,100 @@ def test_damaged_list_is_not_replaced(tmp_path, folder, capsys):
     assert (log / "revoked.json").read_text() == "{"
 
 
-def test_verb_is_light(folder):
+def list_json(capsys, *options):
+    capsys.readouterr()
+    assert main(["list", "--format", "json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_list_tells_locked_open_and_revoked_keys_apart(folder, tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log"
+    main(["new", "open", "--no-passphrase"])
+    monkeypatch.setenv("DINOV3_PASSPHRASE", "correct horse")
+    main(["new", "locked"])
+    monkeypatch.delenv("DINOV3_PASSPHRASE")  # nothing is asked: no key is opened
+    main(["revoke", "locked", "--reason", "laptop\u202elost", "--log", str(log)])
+    prints = {
+        name: fingerprint((folder / f"{name}.pub").read_bytes()) for name in ("locked", "open")
+    }
+    found = list_json(capsys, "--log", str(log))
+    assert (found["schema"], found["log"]) == ("dinov3.keys/1", str(log))
+    locked, opened = found["keys"]
+    assert locked["revoked"].pop("date")
+    assert locked == {
+        "name": "locked",
+        "fingerprint": prints["locked"],
+        "passphrase": True,
+        "revoked": {"fingerprint": prints["locked"], "reason": "laptop\u202elost"},
+        "problem": None,
+    }
+    assert opened == {
+        "name": "open",
+        "fingerprint": prints["open"],
+        "passphrase": False,
+        "revoked": None,
+        "problem": None,
+    }
+    assert main(["list", "--log", str(log)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"locked  passphrase     {prints['locked']}"
+    assert lines[1].startswith("        REVOKED 20")
+    assert lines[1].endswith(r": laptop\u202elost")
+    assert lines[2] == f"open    no passphrase  {prints['open']}"
+    assert lines[3] == f"        not revoked in {log}"
+
+
+def test_list_says_where_nothing_could_have_been_revoked(folder, tmp_path, capsys):
+    main(["new", "demo", "--no-passphrase"])
+    assert list_json(capsys, "--log", str(tmp_path / "nowhere"))["log"] is None
+    assert main(["list", "--log", str(tmp_path / "nowhere")]) == 0
+    assert "no log here that could revoke it" in capsys.readouterr().out
+
+
+def test_list_with_a_damaged_list_of_revoked_keys_is_refused(tmp_path, capsys):
+    log = tmp_path / "log"
+    log.mkdir()
+    (log / "revoked.json").write_text("{")
+    main(["new", "demo", "--no-passphrase"])
+    assert main(["list", "--log", str(log)]) == 2
+    assert "revoked.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda folder: (folder / "demo.pem").chmod(0o644), "others may read this private key"),
+        (lambda folder: (folder / "demo.pub").unlink(), "demo: no public key in"),
+        (lambda folder: (folder / "demo.pub").write_text("x"), "not a public key in PEM"),
+        (lambda folder: (folder / ".git").mkdir(), "where private keys get committed"),
+    ],
+)
+def test_key_that_cannot_be_used_is_listed_with_the_reason(spoil, problem, folder, capsys):
+    main(["new", "demo", "--no-passphrase"])
+    spoil(folder)
+    (demo,) = list_json(capsys)["keys"]
+    assert (demo["name"], demo["fingerprint"]) == ("demo", None)
+    assert problem in demo["problem"]
+    assert main(["list"]) == 0
+    assert f"demo  cannot be used here: {demo['problem']}" in capsys.readouterr().out
+
+
+def test_list_of_no_keys_says_how_to_make_one(folder, capsys):
+    assert list_json(capsys)["keys"] == []
+    assert main(["list"]) == 0
+    assert f"{folder}: no key. Make one: dinov3 keys new NAME" in capsys.readouterr().out
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").touch()
+    (folder / "Not A Name.pem").touch()
+    assert list_json(capsys)["keys"] == []
+    assert main(["list", "--folder", str(folder / "notes.txt")]) == 2
+    assert "notes.txt: cannot be read: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["new", "demo", "--no-passphrase"], ["list"]])
+def test_verb_is_light(folder, arguments):
     code = (
-        "import sys, json; sys.argv = ['dinov3', 'keys', 'new', 'demo', '--no-passphrase']\n"
+        f"import sys, json; sys.argv = ['dinov3', 'keys', *{arguments!r}]\n"
         "from dinov3.__main__ import main\n"
         "assert main() == 0\n"
         "print(json.dumps(sorted(sys.modules)))"

@@ -195,6 +195,7 @@ def test_what_the_server_says_cannot_steer_a_terminal():
         (403, "may not do that"),
         (404, "not there"),
         (409, "in conflict"),
+        (410, "its bytes are gone"),
         (412, "a hook or a condition"),
         (500, "the server failed"),
     ],

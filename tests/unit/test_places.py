@@ -1,11 +1,12 @@
 """Where a release may be written: over no artifact, log or folder of another."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
-from dinov3.errors import ConfigError
-from dinov3.publish.places import refuse_occupied
+from dinov3.errors import ConfigError, ReleaseRefused
+from dinov3.publish.places import refuse_occupied, refuse_traces
 from dinov3.release.index import collect
 from tests.released import make_chain, make_release
 
@@ -77,3 +78,28 @@ def test_release_makes_way_for_the_next_of_its_model_alone(chain, tmp_path):
         judge(chain, folder, "release_pretrained")
     (folder / "record.json").unlink()  # as a run that was killed in its last moment leaves it
     judge(chain, folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"source":"folder:/srv/data/pictures"}',
+        '{"source":"folder:/srv/data"}',
+        '{"log":"saved to /srv/data, at last"}',
+        r'{"diff":"+path\n/srv/data/x"}',
+        '{"url":"file:///srv/data/x"}',
+    ],
+)
+def test_folder_of_this_machine_is_found_whole_or_with_what_is_in_it(tmp_path, text):
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(ReleaseRefused, match=r"record\.json: names a folder .* got /srv/data\."):
+        refuse_traces(tmp_path, [Path("/srv/data")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["my/srv/data/x", "/srv/database/x", "/srv/data.old", "../srv/data/x", "srv/data", "/srv/dat"],
+)
+def test_another_folder_whose_name_is_alike_is_none_of_this_machine(tmp_path, text):
+    (tmp_path / "record.json").write_text(f'{{"source":"{text}"}}')
+    refuse_traces(tmp_path, [Path("/srv/data"), Path("/")])

@@ -1,12 +1,15 @@
 """Released weights judged again: against what they claim, on pictures they have not seen."""
 
+import contextlib
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from PIL import Image
 
 from dinov3 import cli
 from dinov3.errors import ConfigError, DataError, LineageBroken, StoreError
@@ -14,9 +17,10 @@ from dinov3.evals.candidate import open_candidate
 from dinov3.evals.folder import source_table
 from dinov3.evals.study import Scope, run_study
 from dinov3.publish.benchmark import Benchmark, contamination, open_benchmark
-from dinov3.publish.comparison import compare
+from dinov3.publish.comparison import METRICS, compare
 from dinov3.publish.publishing import withdraw_release
 from dinov3.publish.reevaluate import reevaluate
+from dinov3.publish.signed_log import locked
 from dinov3.publish.store import open_store
 from dinov3.recipe import load_recipe
 from dinov3.release.images import ROLE_TRAINED, read_images
@@ -77,6 +81,12 @@ def test_only_a_fall_beyond_the_tolerance_is_a_regression(now, regressed):
     assert found["regressed"] is regressed
     assert found["fall"] == pytest.approx(0.8 - now)
     assert (found["released"], found["value"], found["k"]) == (0.8, now, 5)
+
+
+@pytest.mark.parametrize("now", [float("nan"), float("inf"), float("-inf")])
+def test_figure_that_is_no_number_does_not_hold(now):
+    with pytest.raises(DataError, match="k-NN top-1: no number, got"):
+        compare([row(0.8, k=5)], [row(now, k=5)], TOLERANCES)
 
 
 def test_only_the_models_figures_with_a_tolerance_are_compared():
@@ -171,6 +181,33 @@ def test_reports_are_never_overwritten(published, tmp_path):
     assert found[-1].page.read_text().count("<circle") == 3 * len(found[0].content["metrics"])
 
 
+def test_weights_that_a_killed_run_left_are_removed_and_those_of_a_live_one_are_not(
+    published, tmp_path
+):
+    dead, live = tmp_path / ".fetched-1-dead", tmp_path / ".fetched-2-live"
+    for folder in (dead, live):
+        (folder / "release").mkdir(parents=True)
+    with locked(live):  # by a run on whatever machine
+        published.judge(tmp_path)
+    assert not dead.exists()
+    assert live.exists()
+
+
+def test_report_that_cannot_be_read_is_named_before_anything_is_fetched(published, tmp_path):
+    broken = tmp_path / "vits" / "0.1.0" / "old.json"
+    broken.parent.mkdir(parents=True)
+    broken.touch()
+    with pytest.raises(DataError, match=r"old\.json: not a report of a re-evaluation"):
+        published.judge(tmp_path, name="vits@0.3.0")
+
+
+def test_report_that_cannot_be_written_is_an_error_in_words(published, tmp_path):
+    (tmp_path / "vits").touch()
+    with pytest.raises(DataError, match=r"cannot be written: .*Free the disk or choose another"):
+        published.judge(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["vits"]
+
+
 def test_release_signed_by_another_key_is_not_judged(published, tmp_path):
     other = make_key(tmp_path / "keys", "other")
     with pytest.raises(LineageBroken, match=r"vits@0\.1\.0: refused, signature-invalid"):
@@ -223,6 +260,31 @@ def test_recipe_must_name_protocols_that_were_released(published, tmp_path):
 def test_unknown_protocol_is_named(published, tmp_path):
     with pytest.raises(DataError, match="protocols: unknown, got 'k-nn'"):
         published.judge(tmp_path, "protocols={k-nn: {top-1: 0.1}}")
+
+
+def test_metric_that_the_protocol_does_not_have_is_named(published, tmp_path):
+    with pytest.raises(DataError, match=r"k-NN: unknown metric, got 'top1'\. Use one of top-1"):
+        published.judge(tmp_path, "protocols={k-NN: {top-1: 0.1, top1: 0.1}}")
+
+
+def test_metrics_that_a_recipe_may_name_are_those_that_reports_have(published, tmp_path):
+    """Six classes give a top-5, pictures with a shape of their own give scenes."""
+    for label in range(6):
+        for number in range(8):
+            picture = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+            picture.paste((40 * label, 9 * number, 90, 255), (4, 4, 16, 16))
+            path = tmp_path / "shapes" / str(label) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    source = f"folder:{tmp_path / 'shapes'}"
+    config = load_recipe("smoke_cpu", ["run.device=cpu", "run.threads=1"], phase="evals")
+    opened, device = open_benchmark(Benchmark(source), config), torch.device("cpu")
+    candidate = open_candidate(published.chain.model("vits"), None, device)
+    scope = Scope(set(METRICS), baselines={})
+    given = (candidate, opened.table, opened.pictures, opened.halves, config, device)
+    rows = run_study(*given, scope=scope).rows
+    found = {name: {one["metric"] for one in rows if one["protocol"] == name} for name in METRICS}
+    assert found == {name: set(metrics) for name, metrics in METRICS.items()}
 
 
 def test_recipe_without_any_tolerance_is_refused():
@@ -314,6 +376,16 @@ def test_regression_exits_with_three_after_the_report_and_a_failing_alert(
     assert "REGRESSION  k-NN top-1, k = 5: " in said.out
     assert "alert command /no/such/program: cannot be run" in said.err
     assert "figures fell beyond their tolerance" in said.err
+
+
+def test_alert_goes_out_although_the_output_cannot_be_written(published, tmp_path, monkeypatch):
+    told = tmp_path / "told"
+    alert = f"run.alert.command=[touch, {told}]"
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(OSError, match="No space left"):
+            run_verb(published, tmp_path / "out", alert, source=published.others)
+    assert told.exists()
 
 
 def test_nobody_is_alerted_while_all_holds(published, tmp_path, capsys):

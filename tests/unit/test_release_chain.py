@@ -24,7 +24,7 @@ WEIGHTS = Output("b" * 64, 3, "9" * 64)
 SNAPSHOT = "snapshots/step_000000003.safetensors"
 TRAINED = ("backbone.safetensors", "health.json", SNAPSHOT)
 COUNTED = {"num_images": 8}
-DATA = ("manifest.parquet", "curated.parquet")  # of an image table and a dataset in one
+DATA = ("manifest.parquet", "verdict.json", "curated.parquet")  # a table and a dataset in one
 
 
 class Drawer:
@@ -277,7 +277,7 @@ def test_training_reads_no_table_that_lists_nothing() -> None:
 def test_weights_come_from_steps_or_from_outside() -> None:
     outputs = {"backbone.safetensors": WEIGHTS}
     assert _faults(_record(outputs=outputs)) == ["steps-differ"]
-    assert _faults(_record(outputs=outputs, inputs=(OUTSIDE,))) == []
+    assert _faults(_record(outputs=outputs, inputs=(OUTSIDE,), facts=UNKNOWN)) == []
 
 
 @pytest.mark.parametrize(
@@ -293,10 +293,11 @@ def test_weights_come_from_steps_or_from_outside() -> None:
 )
 def test_role_of_a_root_counts_where_it_is_read(role: str, writes: str) -> None:
     root = (Edge(role, "it", "e" * 64, None),)
-    assert _faults(_record(inputs=root, outputs={writes: OUTPUT})) == []
+    written = {writes: OUTPUT, "verdict.json": OUTPUT}
+    assert _faults(_record(inputs=root, outputs=written)) == []
     assert _faults(_record(inputs=root, outputs={"out": OUTPUT})) == ["root-undeclared"]
     record = replace(TRAINING, inputs=(*TRAINING.inputs, *root))
-    with_it = replace(record, outputs={**record.outputs, writes: OUTPUT})
+    with_it = replace(record, outputs={**record.outputs, **written})
     assert _faults(with_it, data=LISTED) == ["root-undeclared"]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -306,6 +307,23 @@ def test_get_says_whether_the_signer_was_checked(
     assert "the signer was not checked" in second[2]
     named = [*unknown, "--key", "demo"]
     assert run("releases", "get", "vits@0.1.0", str(tmp_path / "three"), *named)[0] == 0
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_bytes(b"garbage")])
+def test_a_key_of_the_log_that_cannot_be_read_is_one_sentence(
+    shelf: Shelf,
+    run: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    make: Callable[[Path], object],
+):
+    (shelf.log / "receipts.jsonl").unlink()
+    make(shelf.log / "keys" / "a.pub")
+    for verb in (["show", "vits@0.1.0"], ["get", "vits@0.1.0", str(tmp_path / "out")]):
+        status, _, errors = run("releases", *verb, *shelf.options)
+        assert (status, len(errors.splitlines())) == (2, 1)
+        assert re.search(r"a\.pub: cannot be read: Is a directory|not a public key in PEM", errors)
+        assert ".partial" not in errors
+        assert ".." not in errors
 
 
 def test_a_withdrawn_release_says_so_wherever_it_is_shown(

@@ -8,6 +8,7 @@ import pytest
 
 from dinov3.publish.build import build_release
 from dinov3.release.record import canonical_json, file_sha256
+from tests import traced
 from tests.released import a_request, change_run, make_chain
 from tests.traced import (
     EVALUATED,
@@ -15,29 +16,11 @@ from tests.traced import (
     TRAINED,
     WHOLE_CHAIN,
     WHY,
-    asking,
     facts,
-    publish,
     used_by,
 )
 
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    base = tmp_path_factory.mktemp("published")
-    publish(base)
-    return base
-
-
-@pytest.fixture
-def base(written, tmp_path):
-    """What was published, to be tampered with."""
-    return shutil.copytree(written, tmp_path / "base", symlinks=True)
-
-
-@pytest.fixture
-def ask(base, capsys):
-    return asking(base, capsys)
+written, base, ask = traced.written, traced.base, traced.ask  # fixtures
 
 
 def test_teacher_leads_to_its_students_and_their_releases(base, ask):

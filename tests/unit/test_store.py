@@ -9,23 +9,29 @@ from pathlib import Path
 import pytest
 
 from dinov3.errors import DinoError, LineageBroken, StoreError
+from dinov3.publish.copying import check_fetched
 from dinov3.publish.private_key import PrivateKey, load_key, new_key
 from dinov3.publish.signed_log import append_receipt, sign_envelope
 from dinov3.publish.store import (
     CHUNK,
     Entry,
     appearing,
-    check_fetched,
-    compare_receipts,
     copy_stream,
     find_entry,
-    leave_receipt,
     open_store,
     read_log,
     read_release,
-    read_withdrawal,
     split_name,
     version_key,
+)
+from dinov3.publish.store_receipts import (
+    UNREADABLE,
+    compare_receipts,
+    leave_receipt,
+    odd_withdrawals,
+    read_withdrawal,
+    reason_in,
+    stored_reason,
 )
 from dinov3.release.receipts import Receipt
 from dinov3.release.refusals import Refused
@@ -147,6 +153,35 @@ def test_a_withdrawal_is_read_from_its_envelope(key: PrivateKey):
     published = sign_envelope({**said, "kind": "publish"}, key)
     with pytest.raises(StoreError, match="withdrawal: not readable"):
         read_withdrawal(published)
+
+
+def withdrawal_of(entry: Entry, key: PrivateKey) -> bytes:
+    said = {"kind": "withdraw", "model": entry.model, "version": entry.version}
+    return sign_envelope({**said, "release": entry.digest, "reason": "broken"}, key)
+
+
+def test_a_withdrawal_gives_its_reason_for_its_own_release_alone(key: PrivateKey):
+    assert reason_in(ONE, withdrawal_of(ONE, key)) == "broken"
+    for other in (replace(ONE, version="0.1.1"), replace(ONE, digest="b" * 64)):
+        with pytest.raises(StoreError, match=r"the withdrawal names vits@0\.1\.0 a{64}\. Sign"):
+            reason_in(other, withdrawal_of(ONE, key))
+
+
+def test_a_withdrawal_that_says_nothing_counts_as_one(key: PrivateKey):
+    assert stored_reason(ONE, withdrawal_of(ONE, key)) == "broken"
+    other = replace(ONE, version="0.1.1")
+    unreadable = [b"{}", withdrawal_of(other, key), StoreError("its bytes are gone")]
+    for envelope in unreadable:
+        told = replace(ONE, withdrawn=stored_reason(ONE, envelope))
+        assert str(told.withdrawn).startswith(UNREADABLE)
+        (finding,) = odd_withdrawals([told], ["withdrawals/vits@0.1.0.json"])
+        assert finding == f"vits@0.1.0: {told.withdrawn}"
+
+
+def test_a_withdrawal_of_nothing_that_is_visible_is_named():
+    names = ["withdrawals/vits@0.1.0.json", "withdrawals/vits@0.1.1.json"]
+    (finding,) = odd_withdrawals([ONE], names)
+    assert finding == "withdrawals/vits@0.1.1.json: withdraws nothing that is visible here"
 
 
 def test_a_stream_is_copied_in_chunks_and_counted():

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from dinov3.release.files import format_sums
 from dinov3.release.lineage import main
 from dinov3.release.record import canonical_json, file_sha256
+from tests import traced
 from tests.released import make_chain
 from tests.traced import (
     CLUSTERED,
@@ -20,30 +21,12 @@ from tests.traced import (
     TRAINED,
     WHOLE_CHAIN,
     WHY,
-    asking,
     facts,
-    publish,
     stages,
     titles,
 )
 
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    base = tmp_path_factory.mktemp("published")
-    publish(base)
-    return base
-
-
-@pytest.fixture
-def base(written, tmp_path):
-    """What was published, to be tampered with."""
-    return shutil.copytree(written, tmp_path / "base", symlinks=True)
-
-
-@pytest.fixture
-def ask(base, capsys):
-    return asking(base, capsys)
+written, base, ask = traced.written, traced.base, traced.ask  # fixtures
 
 
 def test_lone_weights_are_found_by_their_bytes(base, ask, tmp_path):

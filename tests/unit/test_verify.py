@@ -315,6 +315,8 @@ def test_withheld_list_of_images_is_asked_for(
     forged = forge(release, tmp_path / "withheld", _withhold_images, key, settled=True)
     audit = audit_release(forged, Question(key=key.public))
     assert any("give images.bin with --images" in one for one in audit.not_checked)
+    (again,) = [one.what for one in audit.holds if one.what.startswith("gates judged again")]
+    assert "contamination" not in again
     given = project / "data" / "curated_dataset" / "images.bin"
     assert audit_release(forged, Question(key=key.public, images=given)).not_checked == []
 

@@ -9,6 +9,7 @@ It listens on 127.0.0.1 only and calls nobody. `env` in the folder holds its add
 import argparse
 import base64
 import fcntl
+import http.client
 import json
 import os
 import secrets
@@ -70,7 +71,7 @@ def start(state: Path, port: int | None) -> None:
     make_folder(state)
     binary = build.build()
     with (state / "lock").open("a+") as lock:
-        if not take(lock):
+        if not await_lock(state, lock):
             build.say(f"runs already at {settings_of(state)['LAKEFS_ENDPOINT']}")
             return
         (state / "pid").unlink(missing_ok=True)  # of a server that is gone: nobody may stop by it
@@ -84,6 +85,24 @@ def start(state: Path, port: int | None) -> None:
         f"ready at {settings['LAKEFS_ENDPOINT']}, key id {settings['LAKEFS_ACCESS_KEY_ID']}; "
         f"address and secret are in {state / 'env'}"
     )
+
+
+def await_lock(state: Path, lock: IO[str]) -> bool:
+    """Whether the folder's lock is ours now; False once the server of who holds it answers.
+
+    Raises:
+        Failed: Neither comes about.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    while not take(lock):
+        if (state / "env").is_file() and answers(settings_of(state)):
+            return False
+        if time.monotonic() > deadline:
+            raise Failed(
+                f"the server of {state} is silent, got nothing in {_START_SECONDS} s. Stop it."
+            )
+        time.sleep(0.05)
+    return True
 
 
 def ports(state: Path, wanted: int | None) -> list[int]:
@@ -216,7 +235,7 @@ def answers(settings: dict[str, str]) -> bool:
     try:
         with direct.open(request, timeout=2) as answer:
             return bool(answer.status == 200)
-    except OSError:
+    except (OSError, http.client.HTTPException):  # the latter from what is no HTTP server
         return False
 
 
