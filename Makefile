@@ -3,7 +3,6 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 SOURCE ?=
-PORT ?= 3000
 export SOURCE
 export DAGSTER_HOME := $(CURDIR)/.dagster
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -52,14 +51,17 @@ fmt: setup ## format and mend what can be mended
 bench: setup ## speed as ratios in one run, one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m dinov3.bench
 
-ui: setup ## Dagster on loopback, state in .dagster
+ui: PORT ?= 3000
+ui: export PYTHONWARNINGS := ignore:Function `dev_command` is superseded
+ui: setup ## Dagster on loopback, state in .dagster; PORT=3000
 	@mkdir -p .dagster/.nux
 	@cp orchestration/dagster.yaml .dagster/dagster.yaml
 	@echo 'seen: 1' >.dagster/.nux/nux.yaml
 	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p $(PORT)
 
-board: setup ## TensorBoard on loopback
-	$(BIN)/tensorboard --logdir data --host 127.0.0.1 --port 6006
+board: PORT ?= 6006
+board: setup ## TensorBoard on loopback; PORT=6006
+	$(BIN)/tensorboard --logdir data --host 127.0.0.1 --port $(PORT)
 
 clean: ## remove what was made (environments and fetched pictures stay)
 	rm -rf .dagster .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .cache
