@@ -15,7 +15,10 @@ from dinov3.recipe import load_recipe
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 Recipe = Annotated[str, typer.Option(help="Recipe family (demo), family/phase, or a YAML file.")]
-Source = Annotated[str, typer.Option(help="Images: folder:, list:, parquet:, wds: or stamps:PATH.")]
+Source = Annotated[
+    str,
+    typer.Option(help="Images: folder:, list:, parquet:, wds:, stamps:PATH, lakefs://REPO/COMMIT."),
+]
 Output = Annotated[Path, typer.Option(help="Folder for the result.")]
 Manifest = Annotated[Path, typer.Option(help="manifest.parquet of image_manifest.")]
 Dataset = Annotated[Path, typer.Option(help="curated.parquet of curated_dataset.")]

@@ -25,7 +25,9 @@ class Format(StrEnum):
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="Folder of an artifact, or a state step_….")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder of an artifact, a release, or a state step_….")
+    ],
     to: Annotated[Path, typer.Option(help="The file, .safetensors or .pth.")],
     role: Annotated[Role, typer.Option(help="The EMA teacher or the student.")] = Role.TEACHER,
     file_format: Annotated[
@@ -36,6 +38,9 @@ def export(
     ] = None,
     backbone_only: Annotated[bool, typer.Option(help="Without the heads.")] = False,
     force: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
+    key: Annotated[
+        Path | None, typer.Option(help="Public key that must have signed the release.")
+    ] = None,
 ) -> None:
     """Write the weights of one network as a single file that other code can read."""
     from dinov3.export import ExportRequest, export_weights
@@ -48,6 +53,7 @@ def export(
         student=student or "",
         with_heads=not backbone_only,
         force=force,
+        key=key,
     )
     for path in export_weights(request):
         print(path)

@@ -21,9 +21,11 @@ from torch import Tensor
 from dinov3.checkpoint import load_tensors, save_tensors
 from dinov3.errors import CheckpointError, ConfigError
 from dinov3.release.atomic import atomic_write
+from dinov3.release.contents import HEADS_NAME, MODEL_NAME, RELEASE_NAME
 from dinov3.release.record import RECORD_NAME, canonical_json, read_record
 from dinov3.stage import Stage
 from dinov3.state import read_facts, read_tensors
+from dinov3.verified_weights import VerifiedRelease, open_verified
 
 _CONFIG = "config.json"
 _BACKBONE = "backbone.safetensors"
@@ -42,13 +44,14 @@ class ExportRequest:
     """What to export, and to where.
 
     Attributes:
-        source: Folder of an artifact, or a state `step_…`.
+        source: Folder of an artifact, a release, or a state `step_…`.
         target: The file.
         role: `teacher` or `student`.
         kind: `safetensors` or `pth`; by the ending of the file if None.
         student: Which of several, in a state of a distillation; else empty.
         with_heads: Whether heads go with the backbone, where there are any.
         force: Replace what is there.
+        key: Public key that must have signed the release; None leaves open who did.
     """
 
     source: Path
@@ -58,6 +61,7 @@ class ExportRequest:
     student: str = ""
     with_heads: bool = True
     force: bool = False
+    key: Path | None = None
 
 
 def export_weights(request: ExportRequest) -> list[Path]:
@@ -67,25 +71,33 @@ def export_weights(request: ExportRequest) -> list[Path]:
         ConfigError: The ending of the file is not that of its kind.
         CheckpointError: A file is in the way, the folder is that of an artifact, or the source
             lacks what is asked for.
-        LineageBroken: The artifact's bytes differ from its record.
+        LineageBroken: The artifact's bytes differ from its record, or the release is refused.
         DataError: The artifact has no record.
     """
     kind = _kind_of(request)
     beside = request.target.with_name(_CONFIG)
     written = [request.target] if kind == "pth" else [request.target, beside]
     _check_place(written, force=request.force)
-    is_state = (request.source / _STATE).is_file()
-    tensors = (_of_state if is_state else _of_artifact)(request)
+    tensors, describe = _open(request)
     if not request.with_heads:
         tensors = _backbone_alone(tensors)
     request.target.parent.mkdir(parents=True, exist_ok=True)
     if kind == "pth":
         _write(request.target, lambda path: torch.save({"teacher": tensors}, path))
         return written
-    config = _config_of_state(request) if is_state else _config_of_artifact(request)
-    atomic_write(beside, canonical_json(config))
+    atomic_write(beside, canonical_json(describe()))
     _write(request.target, lambda path: save_tensors(path, tensors))
     return written
+
+
+def _open(request: ExportRequest) -> tuple[dict[str, Tensor], Callable[[], dict[str, Any]]]:
+    """The tensors, and how to say what they are."""
+    if (request.source / _STATE).is_file():
+        return _of_state(request), lambda: _config_of_state(request)
+    if (request.source / RELEASE_NAME).is_file():
+        release = open_verified(request.source, request.key)
+        return _of_release(release, request), lambda: _config_of_release(release, request)
+    return _of_artifact(request), lambda: _config_of_artifact(request)
 
 
 def _kind_of(request: ExportRequest) -> Kind:
@@ -95,7 +107,7 @@ def _kind_of(request: ExportRequest) -> Kind:
     if kind != ending or kind not in {"safetensors", "pth"}:
         msg = (
             f"--to: must end with .safetensors or .pth, as --format says, got "
-            f"{request.target.name} for format {request.kind}. Rename it."
+            f"{request.target.name} for format {request.kind or 'by its ending'}. Rename it."
         )
         raise ConfigError(msg)
     return "pth" if kind == "pth" else "safetensors"
@@ -104,7 +116,7 @@ def _kind_of(request: ExportRequest) -> Kind:
 def _check_place(written: Sequence[Path], *, force: bool) -> None:
     """Refuses to replace anything unasked, and to touch the files a record names at all."""
     folder = written[0].parent
-    for name in (RECORD_NAME, _STATE):
+    for name in (RECORD_NAME, _STATE, RELEASE_NAME):
         if (folder / name).is_file():
             msg = (
                 f"--to: {folder} is vouched for by its {name}, got {written[0].name}. Go elsewhere."
@@ -118,22 +130,37 @@ def _check_place(written: Sequence[Path], *, force: bool) -> None:
 
 def _of_artifact(request: ExportRequest) -> dict[str, Tensor]:
     """Weights of an artifact, whose bytes are compared with its record first."""
-    folder, prefix = request.source, f"{request.role}."
+    folder = request.source
     if not (folder / _BACKBONE).is_file():
         msg = (
-            f"{folder}: neither an artifact with {_BACKBONE} nor a state, got {request.source}. "
-            "Give a trained model's folder, or a folder step_…."
+            f"{folder}: neither an artifact with {_BACKBONE}, a release nor a state. "
+            "Give a trained model's folder, a release's, or a folder step_…."
         )
         raise CheckpointError(msg)
     reader = Stage("export", request.target, {})
     backbone = load_tensors(reader.read("weights", folder / _BACKBONE))
+    heads = {}
+    if request.with_heads and (folder / _HEADS).is_file():
+        heads = load_tensors(reader.read("heads", folder / _HEADS))
+    return _of_role(request, folder / _BACKBONE, backbone, heads)
+
+
+def _of_release(release: VerifiedRelease, request: ExportRequest) -> dict[str, Tensor]:
+    """Weights of a release, from the very bytes that were verified."""
+    heads = release.tensors(HEADS_NAME) if request.with_heads else {}
+    path = release.folder / MODEL_NAME
+    return _of_role(request, path, release.tensors(MODEL_NAME), heads)
+
+
+def _of_role(
+    request: ExportRequest, path: Path, backbone: Mapping[str, Tensor], heads: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    prefix = f"{request.role}."
     found = {f"backbone.{name}": one for name, one in _without(backbone, prefix).items()}
     if not found:
-        msg = f"{folder / _BACKBONE}: no tensor of the {request.role}, got {prefix!r}. Use teacher."
+        msg = f"{path}: no tensor of the {request.role}, got {prefix!r}. Use teacher."
         raise CheckpointError(msg)
-    if request.with_heads and (folder / _HEADS).is_file():
-        found |= _without(load_tensors(reader.read("heads", folder / _HEADS)), prefix)
-    return found
+    return found | _without(heads, prefix)
 
 
 def _of_state(request: ExportRequest) -> dict[str, Tensor]:
@@ -175,6 +202,11 @@ def _config_of_artifact(request: ExportRequest) -> dict[str, Any]:
     path = reader.read("config", request.source / _CONFIG)
     made = {"role": request.role, "record": reader.edges[0].record}
     return {**_described(json.loads(path.read_bytes()), path), "exported": made}
+
+
+def _config_of_release(release: VerifiedRelease, request: ExportRequest) -> dict[str, Any]:
+    made = {"role": request.role, "release": release.digest}
+    return {**_described(release.config(), release.folder / _CONFIG), "exported": made}
 
 
 def _config_of_state(request: ExportRequest) -> dict[str, Any]:

@@ -153,13 +153,13 @@ def load(
         ConfigError: `expect` without a key.
     """
     folder = Path(directory)
-    is_release = (folder / RELEASED_NAME).exists() and not (folder / BACKBONE_NAME).exists()
-    path = folder / (RELEASED_NAME if is_release else BACKBONE_NAME)
+    path = weights_in(folder)
     if key is not None:
-        from dinov3.verified_weights import read_verified  # lazily: plain weights need no verifier
+        from dinov3.verified_weights import open_verified  # lazily: plain weights need no verifier
 
-        fields, content = read_verified(folder, Path(key), expect)
-        config = _config_of(fields, folder / "config.json")
+        release = open_verified(folder, Path(key), expect)
+        config = _config_of(release.config(), folder / "config.json")
+        content = release.tensors(RELEASED_NAME)
     elif expect is not None:
         msg = f"expect: says nothing without the publisher's key, got {expect!r}. Give key=."
         raise ConfigError(msg)
@@ -175,6 +175,12 @@ def load(
         msg = f"{path}: no tensor of the {role} in it, got role={role!r}. Use teacher or student."
         raise CheckpointError(msg)
     return fill(backbone_of(config, device="meta"), tensors, path, device=device)
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of a backbone's weights in the folder of an artifact or of a release."""
+    is_release = (folder / RELEASED_NAME).exists() and not (folder / BACKBONE_NAME).exists()
+    return folder / (RELEASED_NAME if is_release else BACKBONE_NAME)
 
 
 def load_backbone(path: str | Path, arch: str, *, device: Device = None) -> Backbone:

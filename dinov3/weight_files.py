@@ -129,7 +129,8 @@ def _check_names_and_shapes(
     }
     found = [f"{kind}: {_some(names)}" for kind, names in differences.items() if names]
     if found:
-        msg = f"{path}: not the weights of this architecture, got {'; '.join(found)}. Pass its own."
+        got = "; ".join(found)
+        msg = f"{path}: not the weights of this architecture, got {got}. Name the one they are of."
         raise CheckpointError(msg)
 
 

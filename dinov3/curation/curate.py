@@ -23,6 +23,7 @@ from dinov3.curation.sampling import balanced_sample
 from dinov3.errors import ConfigError, DataError, LineageBroken
 from dinov3.release.atomic import atomic_write
 from dinov3.release.images import (
+    MEANINGS,
     ROLE_CLUSTERED,
     ROLE_EVALUATED,
     ROLE_TRAINED,
@@ -42,9 +43,7 @@ REASONS = (HELD_OUT, EXACT, NEAR_HELD_OUT, NEAR, NOT_DRAWN)
 
 IMAGES = "images.bin"  # which images are in a model, readable without parquet
 ROLES = {
-    ROLE_TRAINED: "trained",
-    ROLE_CLUSTERED: "clustered only",
-    ROLE_EVALUATED: "evaluated",
+    **MEANINGS,
     16: f"excluded: {EXACT}",
     17: f"excluded: {NEAR_HELD_OUT}",
     18: f"excluded: {NEAR}",

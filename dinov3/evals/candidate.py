@@ -16,7 +16,7 @@ from dinov3.models.convnext import ConvNeXt
 from dinov3.release.record import RECORD_NAME, file_sha256
 from dinov3.release.tensors import tensor_digest
 
-BACKBONE_NAME = "backbone.safetensors"
+BACKBONE_NAME = hub.BACKBONE_NAME
 CONFIG_NAME = "config.json"
 
 Colour = tuple[float, float, float]
@@ -63,7 +63,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """For people: the folder of a trained model, the file of released weights."""
-        is_ours = self.weights.name == BACKBONE_NAME
+        is_ours = self.weights.name in (BACKBONE_NAME, hub.RELEASED_NAME)
         return self.weights.parent.name if is_ours else self.weights.name
 
     @property
@@ -100,8 +100,8 @@ def open_candidate(model: str | Path, weights: Path | None, device: torch.device
     """Opens a model by the folder of a training stage, or by a hub name and a file.
 
     Args:
-        model: A folder with config.json and backbone.safetensors (its EMA teacher is judged), or a
-            name such as dinov3_vits16.
+        model: The folder of an artifact or a release (its EMA teacher is judged), or a name such
+            as dinov3_vits16.
         weights: The file of a hub model; None for a folder.
         device: Where to put it.
 
@@ -152,7 +152,7 @@ def _from_folder(folder: Path, device: torch.device) -> Candidate:
         scale=scale,
         mean=mean,
         std=std,
-        weights=folder / BACKBONE_NAME,
+        weights=hub.weights_in(folder),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dinov3.errors import DataError
 from dinov3.gates import Root
 from dinov3.publish.draft import Draft
+from dinov3.release.bill import metrics_of
 from dinov3.release.card import architecture_of
 from dinov3.release.contents import MODEL_NAME
 from dinov3.release.images import IMAGES_NAME
@@ -50,27 +51,6 @@ def bill_of_materials(draft: Draft, digests: Mapping[str, str]) -> bytes:
     data = canonical_json(bill)
     _validate(data)
     return data
-
-
-def metrics_of(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every row of a report as a performance metric; figures keep their digits."""
-    for row in report.get("rows", ()):
-        yield {
-            "type": f"{row['protocol']} {row['metric']}",
-            "value": json.dumps(row["value"]),
-            "slice": _slice(row),
-            "confidenceInterval": {
-                "lowerBound": json.dumps(row["low"]),
-                "upperBound": json.dumps(row["high"]),
-            },
-        }
-
-
-def _slice(row: Mapping[str, Any]) -> str:
-    """What the figure is of: whose, k, over how many samples."""
-    parts = [f"subject: {row['subject']}"]
-    parts += [f"{name}: {row[name]}" for name in ("k", "num_samples") if row.get(name) is not None]
-    return "; ".join(parts)
 
 
 def _bom(draft: Draft, digests: Mapping[str, str]) -> "Bom":

@@ -31,7 +31,6 @@ from dinov3.publish.private_key import (
     open_key_file,
     refuse_checkout,
 )
-from dinov3.publish.private_key import load_key as load_key
 from dinov3.publish.signed_log import locked, replace_whole
 from dinov3.release.public_key import fingerprint
 from dinov3.release.receipts import KEYS_NAME
@@ -176,14 +175,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dinov3 keys", description="Keys that sign releases.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     make = verbs.add_parser("new", help="Make a key outside the checkout.")
-    make.add_argument("name")
+    make.add_argument("name", metavar="NAME", help="Of the key: a-z, 0-9, - and _.")
     make.add_argument("--no-passphrase", action="store_true", help="Leave it open on the disk.")
     every = verbs.add_parser("list", help="Print the private keys that are here.")
-    every.add_argument("--format", choices=("text", "json"), default="text")
+    every.add_argument("--format", choices=("text", "json"), default="text", help="Of the output.")
     show = verbs.add_parser("show", help="Print a key's fingerprint, to be compared.")
-    show.add_argument("key", metavar="NAME|FILE")
+    show.add_argument("key", metavar="NAME|FILE", help="Its name here, or a public key.")
     end = verbs.add_parser("revoke", help="Add a key to the list that is no longer trusted.")
-    end.add_argument("key", metavar="NAME|FILE|FINGERPRINT")
+    end.add_argument("key", metavar="NAME|FILE|FINGERPRINT", help="Which key.")
     end.add_argument("--reason", required=True, help="One line.")
     for verb in (make, every, show, end):
         verb.add_argument("--folder", type=Path, help=f"Of the keys; default ${FOLDER_VARIABLE}.")

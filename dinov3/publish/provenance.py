@@ -21,10 +21,8 @@ from dinov3.release.contents import (
 )
 from dinov3.release.images import IMAGES_NAME
 from dinov3.release.record import digest_of
+from dinov3.release.statement import BUILD_TYPE, PREDICATE_TYPE, STATEMENT_TYPE
 
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "urn:x-dinov3:build:release:1"
 BUILDER = "urn:x-dinov3:builder:local"
 
 _SUBJECTS = (MODEL_NAME, HEADS_NAME, CONFIG_NAME, EVALS_NAME)

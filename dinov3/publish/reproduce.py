@@ -90,6 +90,7 @@ def reproduce(
     drifted, made = [], {}
     for digest, link in wanted.items():
         began = time.monotonic()
+        say(f"{link.record.stage}: being made")
         made[digest] = workshop.make(link)
         different = differing_outputs(link.record, made[digest])
         drifted += [link.record.stage] if different else []

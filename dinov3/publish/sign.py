@@ -13,7 +13,6 @@ from typing import Any
 
 from dinov3.errors import DinoError
 from dinov3.publish.private_key import PrivateKey
-from dinov3.publish.signed_log import sign_envelope as sign_envelope
 from dinov3.release.atomic import atomic_write
 from dinov3.release.record import canonical_json, parse_json
 from dinov3.release.signature import PAYLOAD_TYPE, SIGNATURE_NAME, Signer, verify_signature

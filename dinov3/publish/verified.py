@@ -6,6 +6,7 @@ from dinov3.errors import DataError, LineageBroken
 from dinov3.publish.store import Store
 from dinov3.release.audit import Question
 from dinov3.release.refusals import CannotCheck, Refused
+from dinov3.release.render import visible
 from dinov3.release.verify import verify_release
 
 
@@ -28,14 +29,17 @@ def verified_signer(
     if key is not None and key.resolve().is_relative_to(folder.resolve()):
         msg = f"key: lies in the release itself, got {key}. Give one that you got elsewhere."
         raise DataError(msg)
+    entries = [] if store is None else store.entries()
+    why = next((entry.withdrawn for entry in entries if entry.name == expect), None)
+    if why is not None:
+        msg = f"{where}: refused, withdrawn: {visible(why)}. Do not use it."
+        raise LineageBroken(msg)
     try:
         question = Question(
             key=None if key is None else key.read_bytes(),
             expect=expect,
             withdrawals=None if store is None else store.withdrawals(),
-            published=None
-            if store is None
-            else {entry.name: entry.digest for entry in store.entries()},
+            published=None if store is None else {one.name: one.digest for one in entries},
         )
         return verify_release(folder, question).signer.fingerprint
     except Refused as error:

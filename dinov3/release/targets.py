@@ -72,7 +72,7 @@ def find(target: str, root: Path, index: Index) -> Start:
     else:
         found = _of_name(target, index)
     if found is None:
-        msg = f"{target}: no record below {root} names it. Give a path, a digest, or --root."
+        msg = f"{target}: no record below {root} names it. Give another, --root or --store."
         raise LineageError(msg)
     return found
 

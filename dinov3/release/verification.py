@@ -128,7 +128,7 @@ def _check_found(target: Path, found: Found, options: argparse.Namespace) -> Non
         why = f"is of {held}, {options.expect} was expected"
         raise Refused("wrong-release", str(target), why)
     where = ", ".join(found.searched)
-    msg = f"{target}: no release holds these bytes or tensors. Searched: {where}"
+    msg = f"{target}: no release holds these bytes or tensors, searched {where}. Give --store"
     if found.damaged:
         msg = f"{msg}. What is damaged could hold them: {'; '.join(found.damaged)}"
     raise CannotCheck(msg)

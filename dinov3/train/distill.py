@@ -136,8 +136,8 @@ def open_teacher(
     """
     if (arch is None and source.is_file()) or (arch is not None and source.is_dir()):
         msg = (
-            f"--teacher-arch: belongs to a file of weights and to nothing else, got {arch} for "
-            f"{source}. Correct one of them."
+            f"--teacher-arch: goes with a file of weights and with nothing else, got {arch} for "
+            f"{source}. Name the file's architecture, as dinov3_vitl16; leave it out for a folder."
         )
         raise ConfigError(msg)
     if arch is not None:

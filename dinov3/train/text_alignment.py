@@ -113,7 +113,7 @@ def build_alignment(
         msg = (
             "optim.batch_size: a pair must not stand in a batch twice, where it would repel "
             f"itself, got {config.optim.batch_size} for {len(pairs.captions)} pairs. "
-            f"Use {len(pairs.captions)} or less."
+            f"Use {len(pairs.captions)} or less, as overrides.dinotxt of params.yaml."
         )
         raise ConfigError(msg)
     for name in (BACKBONE_NAME, CONFIG_NAME):

@@ -7,9 +7,8 @@ import random
 
 import pytest
 
-from dinov3.publish.keys import load_key
-from dinov3.publish.private_key import new_key
-from dinov3.publish.sign import sign_envelope
+from dinov3.publish.private_key import load_key, new_key
+from dinov3.publish.signed_log import sign_envelope
 from dinov3.release.envelope import MAX_BYTES, open_among, open_envelope, read_unchecked
 from dinov3.release.record import canonical_json
 from dinov3.release.refusals import REFUSALS, Refused

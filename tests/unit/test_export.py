@@ -273,7 +273,7 @@ def test_file_and_architecture_belong_together(tmp_path, published, artifact):
     config = recipe_of("objective=features", phase="distill")
     stage = Stage("test", tmp_path, {})
     for source, arch in ((path, None), (artifact, "dinov3_vits16")):
-        with pytest.raises(ConfigError, match="--teacher-arch: belongs to a file of weights"):
+        with pytest.raises(ConfigError, match="--teacher-arch: goes with a file of weights"):
             open_teacher(stage, source, config, arch)
     with pytest.raises(ConfigError, match="arch: no such architecture, got 'vits'"):
         open_teacher(stage, path, config, "vits")

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from dinov3.errors import DinoError, LineageBroken
-from dinov3.publish.keys import load_key
-from dinov3.publish.private_key import new_key
+from dinov3.publish.private_key import load_key, new_key
 from dinov3.publish.signed_log import append_receipt, sign_envelope
 from dinov3.release.receipts import Receipt, read_keys, read_lines, read_receipts
 from dinov3.release.refusals import CannotCheck, Refused
@@ -157,7 +156,7 @@ def test_malformed_receipt_is_not_written(log, keys):
 APPEND = """
 import dataclasses, os, sys
 from pathlib import Path
-from dinov3.publish.keys import load_key
+from dinov3.publish.private_key import load_key
 from dinov3.publish import signed_log
 from dinov3.release.receipts import Receipt
 

@@ -19,8 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from dinov3.errors import DinoError
-from dinov3.publish.keys import load_key
-from dinov3.publish.private_key import new_key
+from dinov3.publish.private_key import load_key, new_key
 from dinov3.publish.sign import check_with_library, sign_release
 from dinov3.release.public_key import KINDS, ORDERS
 from dinov3.release.record import canonical_json
@@ -150,7 +149,7 @@ def test_another_process_signing_the_same_files_gives_the_same_bytes(release, ke
     before = (release / "model.sig").read_bytes()
     (release / "model.sig").unlink()
     code = (
-        "from pathlib import Path; from dinov3.publish.keys import load_key\n"
+        "from pathlib import Path; from dinov3.publish.private_key import load_key\n"
         "from dinov3.publish.sign import sign_release\n"
         f"sign_release(Path({str(release)!r}), load_key({str(keys['demo'].path)!r}))"
     )

@@ -1,4 +1,4 @@
-"""A release is loaded from the very bytes that were verified."""
+"""A release is loaded, exported and evaluated: from the very bytes that were verified."""
 
 import shutil
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 
 from dinov3 import hub, verified_weights
 from dinov3.errors import CheckpointError, ConfigError, LineageBroken
+from dinov3.evals.candidate import open_candidate
+from dinov3.export import ExportRequest, export_weights
 from tests.released import make_key, make_release
 
 
@@ -33,6 +35,43 @@ def test_verified_release_loads_like_the_artifact_it_was_made_of(released):
     plain = hub.load(release.parents[2] / "distilled_students" / "vits")
     for name, value in plain.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
+
+
+def test_release_is_evaluated_like_the_artifact_it_was_made_of(released):
+    folders = released[0], released[0].parents[2] / "distilled_students" / "vits"
+    release, plain = (open_candidate(folder, None, torch.device("cpu")) for folder in folders)
+    assert release.name == "release"
+    assert release.identity()["tensors"] == plain.identity()["tensors"]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_release_is_exported_like_the_artifact_it_was_made_of(released, tmp_path, signed):
+    release, key = released
+    plain = release.parents[2] / "distilled_students" / "vits"
+    export_weights(ExportRequest(release, tmp_path / "a.pth", key=key if signed else None))
+    export_weights(ExportRequest(plain, tmp_path / "b.pth"))
+    found, expected = (torch.load(tmp_path / name)["teacher"] for name in ("a.pth", "b.pth"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_release_whose_bytes_changed_is_not_exported(copy, tmp_path):
+    path = copy / "heads.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(LineageBroken, match="refused, file-changed"):
+        export_weights(ExportRequest(copy, tmp_path / "w.pth"))
+
+
+def test_release_of_another_signer_is_not_exported(released, tmp_path):
+    other = tmp_path / "other.pub"
+    other.write_bytes(make_key(tmp_path / "keys").public)
+    with pytest.raises(LineageBroken, match="refused, signature-invalid"):
+        export_weights(ExportRequest(released[0], tmp_path / "w.pth", key=other))
+
+
+def test_nothing_is_exported_into_a_release(copy):
+    with pytest.raises(CheckpointError, match=r"is vouched for by its release\.json"):
+        export_weights(ExportRequest(copy, copy / "w.pth"))
 
 
 def test_one_changed_byte_of_the_weights_loads_nothing(released, copy):

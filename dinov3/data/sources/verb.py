@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--set", metavar="SPEC", help="write the source into params.yaml")
     parser.add_argument("--source", metavar="SPEC", help="in place of the one in params.yaml")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="where it stands")
     options = parser.parse_args(arguments)
     try:
         if options.set is not None:
