@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dinov3.release.card_facts import protocol_of
 from dinov3.release.chain import Chain, Link
 from dinov3.release.contents import (
     CONFIG_NAME,
@@ -15,6 +16,8 @@ from dinov3.release.contents import (
 from dinov3.release.head import DIGEST_ONLY, KEYED, PLAIN, Head
 from dinov3.release.images import IMAGES_NAME, ROLE_EVALUATED, ROLE_TRAINED, read_images
 from dinov3.release.policy import (
+    MODEL,
+    NONE,
     UNKNOWN,
     ImageCounts,
     PolicyError,
@@ -107,8 +110,24 @@ def check_evaluation(contents: Contents, chain: Chain) -> dict[str, Any]:
         found = report.get(field)
         if not isinstance(found, list) or len(found) > _MOST_ROWS:
             raise _unbound(f"its {field} are no list of at most {_MOST_ROWS}")
+    _check_rows(report)
     _check_dataset(report, link, chain)
     return report
+
+
+def _check_rows(report: Mapping[str, Any]) -> None:
+    """Each figure is said once, and differences are of the model: a card has room for no other."""
+    try:
+        named = [(protocol_of(row), str(row["metric"]), row["subject"]) for row in report["rows"]]
+        subjects = [row["subject"] for row in report["differences"]]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise _unbound(f"a row lacks a field: {error}") from error
+    if any(not isinstance(subject, str) for *_, subject in named):
+        raise _unbound("a row of no subject")
+    if len(set(named)) != len(named):
+        raise _unbound("it gives a figure twice")
+    if any(subject != MODEL for subject in subjects):
+        raise _unbound("a difference is not of the model")
 
 
 def _check_dataset(report: Mapping[str, Any], link: Link, chain: Chain) -> None:
@@ -121,6 +140,8 @@ def _check_dataset(report: Mapping[str, Any], link: Link, chain: Chain) -> None:
         claimed = contamination_of(report)
     except PolicyError as error:
         raise _unbound(str(error)) from error
+    if claimed not in (NONE, UNKNOWN):
+        raise _unbound(f"says contamination is {claimed!r}, which is neither {NONE} nor {UNKNOWN}")
     if link.record.facts.get("contamination") != claimed:
         raise _unbound(f"says contamination is {claimed!r}, {link.stem} says otherwise")
     if chain.unknown_roots and claimed != UNKNOWN:

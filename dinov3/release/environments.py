@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dinov3.errors import DinoError
 from dinov3.release.checks import Node, read_run
 from dinov3.release.index import Index
 from dinov3.release.record import RecordError, file_sha256, parse_json
@@ -59,6 +60,9 @@ def _of_run(node: Node, index: Index) -> Mapping[str, str]:
             if run is None and node in release.nodes and node.run in release.contents.hashes:
                 run = parse_json(release.contents.read(node.run))
     except (RecordError, Refused):  # a fault of the node, which the way to the roots names
+        return {}
+    except DinoError as error:  # of a store
+        (index.wrong if error.exit_code == 1 else index.unchecked).append(str(error))
         return {}
     versions = run.get("versions") if isinstance(run, dict) else None
     return versions if isinstance(versions, dict) else {}

@@ -91,6 +91,9 @@ def check_gates(
         verdict = again.get(gate["name"])
         if verdict is not None:
             _compare(gate, verdict)
+        if gate["passed"] and gate["waiver"] is not None:
+            why = f"{gate['name']}: is said to have passed, and a waiver stands beside it"
+            raise Refused("check-differs", CHECKS_NAME, why)
     _check_health({gate["name"]: gate for gate in gates}["training_health"], head, chain)
     made = _made(chain)
     return list(again), [_waived(gate, head, made) for gate in gates if not gate["passed"]]
@@ -193,7 +196,7 @@ def _waived(gate: Mapping[str, Any], head: Head, made: datetime.date) -> str:
     """Who answers for a failed gate.
 
     Raises:
-        Refused: `check-failed`: nobody does, or nobody may.
+        Refused: `check-failed`: nobody does, or nobody may; `check-differs`: of what is hidden.
     """
     name, waiver = gate["name"], gate["waiver"]
     if waiver is None:
@@ -209,6 +212,8 @@ def _waived(gate: Mapping[str, Any], head: Head, made: datetime.date) -> str:
         raise _failed(f"{name}: its waiver ends at no date") from error
     if not _DATE.fullmatch(waiver["until"]) or until < made:
         raise _failed(f"{name}: its waiver ended on {until}, the chain was made on {made}")
+    if not isinstance(gate["reason"], str) or not gate["reason"].strip():
+        raise Refused("check-differs", CHECKS_NAME, f"{name}: does not say why it failed")
     return f"{name}, waived by {waiver['who']} until {until}: {waiver['why']}"
 
 

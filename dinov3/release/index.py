@@ -82,6 +82,11 @@ class Index:
                 found.setdefault(node.digest, node)
         return found
 
+    def copies(self) -> Iterator[Node]:
+        """Each record wherever it lies, in folders of stages before releases."""
+        for found in (*self.nodes.values(), *(release.nodes for release in self.releases)):
+            yield from found
+
     def add(self, release: Released) -> None:
         """Adds a release; copies of one in several places are one, withdrawn where any is."""
         for number, known in enumerate(self.releases):

@@ -6,7 +6,8 @@ What a licence *says* (attribution, the same licence, no commerce, no changed co
 text; that it binds *weights* is a rule of ours, and no legal advice. The table is short on
 purpose: a licence that is not in it is "unknown", and unknown is an error. Terms of somebody's own,
 `LicenseRef-NAME`, cannot be judged: what was made from them goes out under the same terms alone,
-with their text.
+with their text. What stands after WITH is known only where all it does is permit more: an input may
+carry it, and a release adds none to what is share-alike.
 """
 
 import re
@@ -153,6 +154,14 @@ ALIASES: dict[str, str] = {
     "all rights reserved": "LicenseRef-AllRightsReserved",
 }
 _SPELLING = {name.lower(): name for name in RULES}
+_PERMISSIONS = {  # SPDX exceptions that take nothing away
+    "autoconf-exception-3.0",
+    "bison-exception-2.2",
+    "classpath-exception-2.0",
+    "font-exception-2.0",
+    "gcc-exception-3.1",
+    "llvm-exception",
+}
 
 
 def normal_form(text: str) -> str:
@@ -165,12 +174,14 @@ def normal_form(text: str) -> str:
 
 
 def unknown_in(text: str) -> set[str]:
-    """What the table does not know in a licence text: its identifiers, or the text as a whole."""
+    """What nobody here knows in a licence text: identifiers, exceptions, or the text as a whole."""
     try:
         named = licences_in(_read(text))
     except LicenceError:
         return {text}
-    return {licence.name for licence in named if _rule(licence.name) is None}
+    exceptions = {licence.exception for licence in named if licence.exception}
+    unknown = {one for one in exceptions if one.lower() not in _PERMISSIONS}
+    return unknown | {licence.name for licence in named if _rule(licence.name) is None}
 
 
 def rule_of(name: str) -> Rule:
@@ -265,7 +276,7 @@ def _clashes(licence: Licence, given: Expression) -> Iterator[str]:
 def _holds(given: Expression, names: Collection[str]) -> bool:
     """Whether every alternative of a release carries one of these licences."""
     if isinstance(given, Licence):
-        return given.name in names
+        return given.name in names and given.exception is None
     if isinstance(given, All):
         return any(_holds(part, names) for part in given.parts)
     return all(_holds(part, names) for part in given.parts)

@@ -163,7 +163,6 @@ class _Search:
         if self.expect not in (None, name):
             self.found.others.append(name)
             return False
-        self.found.file.same_tensors_only |= not same_bytes
         return True
 
 

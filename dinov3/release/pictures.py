@@ -7,7 +7,7 @@ hashed against its record before it is believed.
 
 import importlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -68,7 +68,7 @@ def find_picture(digest: bytes, index: Index) -> Pictures:
     """Looks a picture up in every list and table of the records and releases there are."""
     seen = Pictures()
     lists: dict[str, tuple[str, ...]] = {}  # roles by sha256 of the list
-    nodes = list(index.everywhere().values())
+    nodes = list(index.copies())
     for node, path in _present(nodes, IMAGES_NAME, seen):
         try:
             roles = roles_in(path, digest)
@@ -85,6 +85,11 @@ def find_picture(digest: bytes, index: Index) -> Pictures:
     return seen
 
 
+def tells_role(facts: Mapping[str, Any]) -> bool:
+    """Whether what is said of a picture tells if it was trained on; an image table does not."""
+    return "role" in facts or "kept" in facts
+
+
 def roles_in(path: Path, digest: bytes) -> tuple[str, ...]:
     """What an `images.bin` says of a picture.
 
@@ -96,33 +101,44 @@ def roles_in(path: Path, digest: bytes) -> tuple[str, ...]:
         return tuple(images.roles[role] for role in images.find(digest))
 
 
-def _present(nodes: Iterable[Node], name: str, seen: Pictures) -> Iterator[tuple[Node, Path]]:
-    """The records that wrote such a file which is here and unchanged, equal bytes once."""
-    known: set[str] = set()
-    for node in nodes:
-        output = node.record.outputs.get(name)
-        if output is None or output.sha256 in known:
-            continue
-        try:
-            path = node.find(name)
-            if path is None:
-                continue
-            found = file_sha256(path)
-        except RecordError as error:
-            seen.wrong.append(str(error))
-            continue
-        except OSError as error:
-            seen.unchecked.append(f"{path}: {error}")
-            continue
-        if found != output.sha256:
-            why = f"changed, its sha256 is {found}, the record says {output.sha256}"
-            seen.wrong.append(f"{path}: {why}")
-            continue
-        known.add(output.sha256)
-        yield node, path
+def _present(nodes: Sequence[Node], name: str, seen: Pictures) -> list[tuple[Node, Path]]:
+    """The records that wrote such a file, each once, with bytes of it that are here and unchanged.
+
+    They may lie beside another copy of the record, or another record of the same bytes.
+    """
+    here: dict[str, Path] = {}
+    wrote = [
+        (node, node.record.outputs[name].sha256) for node in nodes if name in node.record.outputs
+    ]
+    for node, sha256 in wrote:
+        path = None if sha256 in here else _find_unchanged(node, name, sha256, seen)
+        if path is not None:
+            here[sha256] = path
+    found: dict[str, tuple[Node, Path]] = {}
+    for node, sha256 in wrote:
+        if sha256 in here:
+            found.setdefault(node.digest, (node, here[sha256]))
+    return list(found.values())
 
 
-def _look_in_tables(digest: str, nodes: Iterable[Node], seen: Pictures) -> None:
+def _find_unchanged(node: Node, name: str, sha256: str, seen: Pictures) -> Path | None:
+    try:
+        path = node.find(name)
+        found = None if path is None else file_sha256(path)
+    except RecordError as error:
+        seen.wrong.append(str(error))
+        return None
+    except OSError as error:
+        seen.unchecked.append(f"{node.folder / name}: {error}")
+        return None
+    if found not in (None, sha256):
+        why = f"changed, its sha256 is {found}, the record says {sha256}"
+        seen.wrong.append(f"{path}: {why}")
+        return None
+    return path
+
+
+def _look_in_tables(digest: str, nodes: Sequence[Node], seen: Pictures) -> None:
     tables = [(name, *pair) for name in _TABLES for pair in _present(nodes, name, seen)]
     if not tables:
         return

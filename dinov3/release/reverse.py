@@ -17,9 +17,11 @@ from dinov3.release.binding import REPORT_NAME
 from dinov3.release.checks import Node
 from dinov3.release.environments import LOCK_NAME, PINNED, is_version, versions_of
 from dinov3.release.index import Index, Released
+from dinov3.release.licences import identifiers
 from dinov3.release.pictures import find_picture
 from dinov3.release.record import RECORD_NAME, RecordError, file_sha256
 from dinov3.release.refusals import CannotCheck, Refused
+from dinov3.release.spdx import LicenceError
 from dinov3.release.targets import (
     DIGEST,
     Answer,
@@ -125,7 +127,10 @@ class _Search:
         if path.exists():
             return self._of_digests(self._digests_of(path))
         if DIGEST.fullmatch(target):
-            return self._of_digests([target])
+            finals = [
+                one.head.final for one in self.index.releases if one.digest.startswith(target)
+            ]
+            return self._of_digests([target, *finals])
         if pinned := PINNED.fullmatch(target):
             return self._of_version(pinned[1], pinned[2])
         if named := [one.head.final for one in self.index.releases if one.name == target]:
@@ -135,6 +140,9 @@ class _Search:
         for node in nodes.values():
             if _has_licence(node, target):
                 users.how.setdefault(node.digest, "has the licence")
+        for release in self.index.releases:
+            if _names_licence(release.head.licence, target):
+                users.held[release.digest] = "is given out under the licence"
         return users
 
     def _digests_of(self, path: Path) -> list[str]:
@@ -260,8 +268,19 @@ def _roots_named(name: str, nodes: Mapping[str, Node]) -> set[str]:
 
 def _has_licence(node: Node, licence: str) -> bool:
     """Whether a record carries a licence, alone or within an expression."""
-    texts = [text for side in node.record.licences.values() for text in side]
-    return any(licence == text or licence in _LICENCE_WORDS.findall(text) for text in texts)
+    texts = {text for side in node.record.licences.values() for text in side}
+    return any(_names_licence(text, licence) for text in texts)
+
+
+def _names_licence(text: str, licence: str) -> bool:
+    """By the very words, or by another spelling of the same licence, such as GPL-2.0+."""
+    if licence == text or licence in _LICENCE_WORDS.findall(text):
+        return True
+    try:
+        asked = identifiers(licence)
+        return len(asked) == 1 and asked <= identifiers(text)
+    except LicenceError:
+        return False
 
 
 def _describe(

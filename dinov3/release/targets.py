@@ -14,7 +14,7 @@ from dinov3.release.checks import Node, Nodes, known_names, load
 from dinov3.release.files import SUMS_NAME, check_file, list_files
 from dinov3.release.index import Index, Released, is_release
 from dinov3.release.opening import open_regular
-from dinov3.release.pictures import find_picture
+from dinov3.release.pictures import find_picture, tells_role
 from dinov3.release.record import RECORD_NAME
 from dinov3.release.refusals import Refused
 from dinov3.release.tensors import WEIGHTS_SUFFIX, FileHash, hash_stream
@@ -253,8 +253,8 @@ def _picture_of(digest: str, index: Index) -> Start | None:
     if len(digest) != _WHOLE:
         return None
     seen = find_picture(bytes.fromhex(digest), index)
-    if not seen.found and not seen.wrong and not seen.unchecked:
-        seen.unchecked = seen.silent
+    if not any(tells_role(one.facts) for one in seen.found):
+        seen.unchecked.extend(seen.silent)
     if not seen.found and not seen.wrong and not seen.unchecked:
         return None
     answers = [Answer(one.title, one.facts, "withdrawn" in one.facts) for one in seen.found]

@@ -156,6 +156,8 @@ def _decide(outcomes: Sequence[_Outcome], found: Found, verdict: Verdict) -> Non
     """One release that verifies is enough; what the others came to is said."""
     best = min(outcomes, key=lambda one: one.rank)  # of equals the first
     verdict.audit, verdict.refusal, verdict.fault = best.audit, best.refusal, best.fault
+    held = verdict.audit.hashes.values()
+    found.file.same_tensors_only = bool(held) and found.file.sha256 not in held
     names = (str(one.audit.name) for one in outcomes if one.rank == best.rank)
     found.file.releases += dict.fromkeys(names)
     open_ends = verdict.audit.not_checked if best.rank else verdict.audit.not_proven

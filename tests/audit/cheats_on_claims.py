@@ -1,9 +1,11 @@
 """Cheats on what is claimed about the release: gates, provenance, bill, card."""
 
+from pathlib import Path
 from typing import Any
 
 from dinov3.release.record import digest_of
 from tests.audit.changes import (
+    REPORT,
     Edit,
     all_of,
     in_bytes,
@@ -12,6 +14,7 @@ from tests.audit.changes import (
     insider,
     settled,
 )
+from tests.audit.insider import edit_json, edit_record
 
 
 def _kinder_metric(report: Any) -> None:
@@ -105,6 +108,27 @@ def _more_pictures(report: Any) -> None:
     report["dataset"].update(num_test=1000, num_held_out=1000)
 
 
+def _twice(report: Any) -> None:
+    """A kinder figure beside the true one, of which a table has room for one."""
+    row = next(one for one in report["rows"] if one["subject"] == "model" and one.get("k") == 20)
+    report["rows"].append({**row, "value": 0.99, "low": 0.98, "high": 1.0})
+
+
+def _of_another(report: Any) -> None:
+    """What a baseline is better by, in a list that speaks of the model."""
+    row = report["differences"][0]
+    report["differences"].append({**row, "subject": "raw pixels", "against": "majority class"})
+
+
+def _contaminated(folder: Path) -> None:
+    """The report owns to it, and somebody waives the evaluation."""
+    edit_json(folder, "evals.json", lambda c: c["dataset"].update(contamination="found"))
+    edit_record(folder, REPORT, lambda record: record["facts"].update(contamination="found"))
+    edit_json(folder, "release.json", _policy(waivable=["evaluation"]))
+    failed = {"passed": False, "reason": "contamination is 'found'", "waiver": _FORGED_WAIVER}
+    in_gate("evaluation", **failed)(folder)
+
+
 CHEATS = [
     settled(
         "a metric changed, its record with it", in_json("evals.json", _kinder_metric), "bom-differs"
@@ -138,6 +162,26 @@ CHEATS = [
         in_gate("training_health", passed=False, waiver={**_FORGED_WAIVER, "who": " "}),
         "check-failed",
     ),
+    insider(
+        "a waiver beside a gate that passed",
+        in_gate("training_health", waiver=_FORGED_WAIVER),
+        "check-differs",
+    ),
+    insider(
+        "a waived gate of which nobody says why it failed",
+        all_of(
+            in_json("release.json", _policy(waivable=["training_health"])),
+            in_gate("training_health", passed=False, waiver=_FORGED_WAIVER),
+        ),
+        "check-differs",
+    ),
+    settled("a figure given twice", in_json("evals.json", _twice), "evaluation-unbound"),
+    settled(
+        "a difference that is not of the model",
+        in_json("evals.json", _of_another),
+        "evaluation-unbound",
+    ),
+    settled("contamination that was found, and waived", _contaminated, "evaluation-unbound"),
     settled(
         "a waived gate that hides why it failed",
         all_of(

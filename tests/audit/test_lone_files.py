@@ -98,6 +98,30 @@ def test_damaged_neighbour_does_not_refuse_a_genuine_file(
     assert any("changed" in one or SUMS_NAME in one for one in found["not_proven"])
 
 
+def test_bytes_of_one_release_are_not_called_another_container_of_the_next(
+    two: Path, key: PrivateKey, tmp_path: Path, lone: Path, ask: Any
+) -> None:
+    root = tmp_path / "releases"
+    shutil.copytree(two / "0.1.0", root / "a")
+    other = forge(two / "0.2.0", root / "b", _in_other_order, key, settled=True)
+    assert (other / "model.safetensors").read_bytes() != lone.read_bytes()
+    found = ask(lone, "--artifacts", root)
+    assert found["file"]["releases"] == ["vits@0.1.0", "vits@0.2.0"]
+    assert found["file"]["same_tensors_only"] is False
+    found = ask(lone, "--artifacts", root, "--expect", "vits@0.2.0")
+    assert found["file"]["same_tensors_only"] is True
+
+
+def _in_other_order(folder: Path) -> None:
+    """The same tensors, named in another order: other bytes, as many."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    entries = reversed(json.loads(data[8:end]).items())
+    header = json.dumps(dict(entries), separators=(",", ":")).encode()
+    path.write_bytes(data[:8] + header.ljust(end - 8) + data[end:])
+
+
 def test_file_of_damaged_releases_alone_is_refused(folder: Path, lone: Path, ask: Any) -> None:
     for version in ("0.1.0", "0.2.0"):
         (folder / version / "README.md").write_text("x")

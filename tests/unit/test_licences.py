@@ -214,3 +214,16 @@ def test_terms_of_somebodys_own_go_out_under_the_same_terms_alone() -> None:
 def test_reserved_rights_stay_reserved_whatever_the_spelling() -> None:
     assert not judge(["LicenseRef-allRIGHTSreserved"], "LicenseRef-allRIGHTSreserved").passed
     assert unknown_in("LicenseRef-") == {"LicenseRef-"}
+
+
+@pytest.mark.parametrize("addition", ["Commons-Clause", "LicenseRef-AllRightsReserved"])
+def test_addition_that_may_take_rights_away_is_unknown(addition: str) -> None:
+    found = judge([f"MIT WITH {addition}"], "MIT")
+    assert found.unknown == (addition,)
+    assert judge(["MIT"], f"MIT WITH {addition}").unknown == (addition,)
+
+
+def test_exception_that_permits_more_is_known_and_is_not_added_to_others_work() -> None:
+    permitting = "GPL-2.0-only WITH classpath-exception-2.0"
+    assert judge([permitting], "GPL-2.0-only").passed
+    assert judge(["GPL-2.0-only"], permitting).conflicts

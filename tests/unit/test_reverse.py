@@ -9,7 +9,7 @@ import pytest
 from dinov3.publish.build import build_release
 from dinov3.release.record import canonical_json, file_sha256
 from tests import traced
-from tests.released import a_request, change_run, make_chain
+from tests.released import a_request, change_run, make_chain, rewrite_record
 from tests.traced import (
     EVALUATED,
     EXCLUDED,
@@ -106,6 +106,30 @@ def test_licence_leads_to_all_that_carry_it(ask):
     assert WHOLE_CHAIN | {"release vits@0.1.0", "release pretrained@0.1.0"} <= used_by(found)
 
 
+@pytest.mark.parametrize("asked", ["GPL-2.0-or-later", "gpl-2.0+"])
+def test_licence_is_found_in_every_spelling(base, ask, asked):
+    make_chain(base / "other", licence="GPL-2.0+")
+    code, found = ask(asked, "--reverse", root="other")
+    assert code == 0
+    assert used_by(found) >= WHOLE_CHAIN
+
+
+def test_licence_of_a_release_leads_to_it_though_its_inputs_have_another(base, ask):
+    chain = make_chain(base / "other")
+    build_release(a_request(chain, "vits", "0.2.0", None, ["policy.licence=GPL-3.0-only"]))
+    code, found = ask("GPL-3.0-only", "--reverse", root="other")
+    assert code == 0
+    assert used_by(found) == {"unsigned release vits@0.2.0"}
+
+
+def test_release_has_the_same_users_by_its_digest_as_by_its_name(ask):
+    _, by_name = ask("pretrained@0.1.0", "--reverse", store=True)
+    release = facts(by_name, "used by release pretrained@0.1.0")["release digest"]
+    _, by_digest = ask(release, "--reverse", store=True)
+    assert "distilled_students_vits" in used_by(by_digest)
+    assert used_by(by_digest) == used_by(by_name)
+
+
 @pytest.mark.parametrize("target", ["MIT", "GPL", "f" * 64, "vits@9.9.9", "no/such/path"])
 def test_what_nothing_names_exits_with_2(ask, target):
     code, found = ask(target, "--reverse")
@@ -140,3 +164,49 @@ def test_environment_digest_leads_to_its_records(base, ask):
     code, found = ask(record["environment"], "--reverse")
     assert code == 0
     assert used_by(found) >= WHOLE_CHAIN
+
+
+@pytest.mark.parametrize("form", ["record_alone", "copy_without_files"])
+def test_picture_is_told_though_its_list_lies_elsewhere_than_its_first_record(base, ask, form):
+    """A record without its files hides neither those beside its copy nor those of a release."""
+    curated = base / "data" / "curated_dataset"
+    if form == "record_alone":
+        for name in ("images.bin", "curated.parquet"):
+            (curated / name).unlink()
+    else:
+        (base / "data" / "a_copy").mkdir()
+        shutil.copy(curated / "record.json", base / "data" / "a_copy")
+    code, found = ask(TRAINED, "--reverse")
+    assert (code, found["wrong"]) == (0, [])
+    assert facts(found, "used by release vits@0.1.0")["how"] == "trained"
+    assert "distilled_students_vits" in used_by(found)
+
+
+def test_picture_leads_through_every_record_of_the_same_list(base, ask):
+    """Curated again by other code, to the same bytes."""
+    shutil.rmtree(base / "data" / "releases")
+    for stage in ("curated_dataset", "pretrained_checkpoint"):
+        shutil.copytree(base / "data" / stage, base / "data" / f"second_{stage}")
+    curated, pretrained = (
+        base / "data" / f"second_{stage}" for stage in ("curated_dataset", "pretrained_checkpoint")
+    )
+    rewrite_record(curated, lambda record: record.update(code="1" * 64))
+
+    def read_the_second(record):
+        record["stage"] = "second_pretrained"
+        for edge in record["inputs"]:
+            if edge["role"] == "dataset":
+                edge["record"] = file_sha256(curated / "record.json")
+
+    rewrite_record(pretrained, read_the_second)
+    _, found = ask(TRAINED, "--reverse")
+    assert {"pretrained_checkpoint", "second_pretrained"} <= used_by(found)
+
+
+def test_damaged_run_in_a_store_is_named_and_hides_no_other_version(base, ask):
+    for path in (base / "store").rglob("runs/image_manifest-*.json"):
+        path.write_bytes(path.read_bytes().replace(b"2", b"3"))
+    code, found = ask("python==3.11", "--reverse", root="nowhere", store=True)
+    assert code == 1
+    assert all("runs/image_manifest-" in said for said in found["wrong"])
+    assert "release vits@0.1.0" in used_by(found)

@@ -9,11 +9,12 @@ import polars as pl
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dinov3.publish.build import build_release
 from dinov3.release.files import format_sums
 from dinov3.release.lineage import main
 from dinov3.release.record import canonical_json, file_sha256
 from tests import traced
-from tests.released import make_chain
+from tests.released import a_request, make_chain
 from tests.traced import (
     CLUSTERED,
     EVALUATED,
@@ -336,3 +337,14 @@ def test_unsigned_release_is_told_among_the_users(planted, ask):
 def test_every_form_says_that_a_release_is_unsigned(planted, base, capsys, form):
     assert main(["vits@9.9.9", "--root", str(base / "data"), "--format", form]) == 0
     assert "unsigned" in capsys.readouterr().out
+
+
+def test_list_that_is_not_public_is_told_where_no_other_tells_the_role(base, ask):
+    """An image table knows the picture, and not whether it was trained on."""
+    chain = make_chain(base / "private")
+    build_release(a_request(chain, "vits", "0.2.0", None, ["images=digest"]))
+    assert ask(TRAINED, root="private")[0] == 0
+    shutil.rmtree(base / "private" / "curated_dataset")
+    code, found = ask(TRAINED, root="private")
+    assert code == 2
+    assert any("list of pictures is" in said for said in found["unchecked"])
