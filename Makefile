@@ -63,6 +63,6 @@ board: PORT ?= 6006
 board: setup ## TensorBoard on loopback; PORT=6006
 	$(BIN)/tensorboard --logdir data --host 127.0.0.1 --port $(PORT)
 
-clean: ## remove what was made (environments and fetched pictures stay)
+clean: ## remove what was made (environments, pictures and the log of releases stay)
 	rm -rf .dagster .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .cache
-	find data -mindepth 1 -maxdepth 1 ! -name README.md ! -name stamps -exec rm -rf {} +
+	find data -mindepth 1 -maxdepth 1 ! -name README.md ! -name stamps ! -name release_log ! -name raw_images -exec rm -rf {} +

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -86,11 +87,12 @@ def appearing(target: Path) -> Iterator[Path]:
     Raises:
         StoreError: The target is there already, or cannot be written.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if os.path.lexists(target) and not _is_empty(target):
         msg = f"{target}: already there. Name a folder that is not."
         raise StoreError(msg)
     hidden = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
+        _remove_left(target)
         shutil.rmtree(hidden, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         yield hidden
@@ -102,6 +104,33 @@ def appearing(target: Path) -> Iterator[Path]:
         raise StoreError(msg) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether it is a folder that may be replaced: no link, nor the one we stand in."""
+    try:
+        return bool(folder.name) and not folder.is_symlink() and not any(folder.iterdir())
+    except OSError:
+        return False
+
+
+def _remove_left(target: Path) -> None:
+    """Removes what fetches to this target left that were killed, never what a live one uses."""
+    left = re.compile(rf"\.+{re.escape(target.name)}\.partial-(\d+)(\.partial-\1)?")
+    for path in target.parent.glob(".*"):
+        named = left.fullmatch(path.name)
+        if named and not _is_alive(int(named[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # of another user; of no process
+        pass
+    return True
 
 
 def copy_stream(source: BinaryIO | FileIO, target: BinaryIO, on_bytes: OnBytes = ignore) -> str:

@@ -55,7 +55,7 @@ from dinov3.publish.store_receipts import (
     stored_reason,
     withdrawal_name,
 )
-from dinov3.release.files import list_files
+from dinov3.release.files import SUMS_NAME, UNLISTED, list_files, parse_sums, read_file
 from dinov3.release.opening import open_below
 from dinov3.release.receipts import Receipt
 from dinov3.release.record import canonical_json
@@ -63,6 +63,8 @@ from dinov3.release.refusals import CannotCheck, Refused
 from dinov3.release.render import visible
 
 SCHEMA = "dinov3.store/1"
+_FOLDERS = ("index", "objects", "runs", "withdrawals")
+_MAX_SUMS = 8 << 20  # bytes
 LOCK_WAIT = 60  # seconds; the lock is held for moments, so its holder is stopped, not busy
 
 
@@ -127,7 +129,15 @@ class DirectoryStore:
         except FileNotFoundError as error:
             msg = f"{entry.name}: has no file {name!r}. Its SHA256SUMS lists what it has."
             raise StoreError(msg) from error
-        except Refused as error:
+        except (OSError, Refused) as error:
+            raise _damaged(entry, error) from error
+
+    def file_names(self, model: str, version: str) -> list[str]:
+        """Every file that stands in a release's place."""
+        entry = find_entry(self.entries(), model, version)
+        try:
+            return list(list_files(self._object(entry.digest)))
+        except (Refused, CannotCheck) as error:
             raise _damaged(entry, error) from error
 
     def withdraw(self, model: str, version: str, envelope: bytes) -> None:
@@ -180,13 +190,24 @@ class DirectoryStore:
     def _create(self) -> None:
         if (self.root / "store.json").exists():
             return
-        for name in ("index", "objects", "runs", WITHDRAWALS):
+        self._refuse_other_use()
+        for name in _FOLDERS:
             (self.root / name).mkdir(parents=True, exist_ok=True)
         head = canonical_json({"schema": SCHEMA, "id": secrets.token_hex(16)})
         with self._locked():
             if not (self.root / "store.json").exists():
                 link_new(self.root / "store.json", head, self.root)
         sync_folder(self.root.parent)
+
+    def _refuse_other_use(self) -> None:
+        """Prune would remove what somebody keeps in folders of the same names."""
+        for path in self.root.glob("*"):
+            left = path.name == "lock" or path.name.startswith(".store.json.")  # by who was killed
+            held = path.name not in _FOLDERS or any(path.glob("*"))
+            # last: another publisher may just have made the store, and be at work in it
+            if held and not left and not (self.root / "store.json").exists():
+                msg = f"directory:{self.root}: not a store of releases, holds {path.name!r}. "
+                raise StoreError(msg + "Name a folder of its own.")
 
     def _visible(self, release: Release) -> Entry | None:
         """The entry of this version, if there is one: of these bytes, or an error."""
@@ -267,7 +288,11 @@ class DirectoryStore:
     def _copy_out(self, entry: Entry, partial: Path, on_bytes: OnBytes) -> None:
         folder = self._object(entry.digest)
         try:
-            for name in list_files(folder):
+            names = list_files(folder)
+            sums = parse_sums(read_file(folder, SUMS_NAME, limit=_MAX_SUMS))
+            if odd := names.keys() - UNLISTED - sums.keys():  # of any size: it is not copied
+                raise Refused("file-unlisted", min(odd), f"{SUMS_NAME} does not list it")
+            for name in names:
                 with open_below(folder, name) as source:
                     write_file(source, partial / name, on_bytes)
         except (Refused, CannotCheck) as error:
@@ -296,7 +321,9 @@ class DirectoryStore:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         until = time.monotonic() + LOCK_WAIT
-        with (self.root / "lock").open("ab") as stream:
+        # open for both, so that a pipe planted there is not waited for
+        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "rb", buffering=0) as stream:
             while True:
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -326,9 +353,9 @@ def _damaged(entry: Entry, error: Exception) -> LineageBroken:
 def _is_alive(run: Path) -> bool:
     """The kernel lets a lock go when its holder ends, however it ends."""
     try:
-        with (run / "lock").open("rb") as stream:
+        with open_below(run, "lock") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, Refused):  # no publisher made it
         return False
     except BlockingIOError:
         return True

@@ -10,6 +10,7 @@ It is read from the dated reports alone, each of which was made from verified by
 """
 
 import html
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ _COLUMNS = 2  # panels beside each other
 _WIDTH, _HEIGHT = 380, 170  # of a panel
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 26, 24  # margins of a panel
 _SHARE = 0.8  # of a version's place that its marks take
+_LETTER = 7  # of a label, pixels
 _MARGIN = 0.08  # of the range of values, above and below
 _BLUE, _RED, _GREY, _BAND, _INK = "#1f5fa8", "#b3261e", "#8a94a1", "#eaf1fb", "#16191d"
 
@@ -154,6 +156,10 @@ def _panel(series: Series) -> Iterator[str]:
     step = inner_width / len(series.columns)
     for number, column in enumerate(series.columns):
         yield from _marks(column, _LEFT + step * number, step, y_of)
+    widest = max(len(column.version) for column in series.columns) * _LETTER
+    every = math.ceil(widest / step)
+    for number, column in list(enumerate(series.columns))[::-1][::every]:  # the newest in any case
+        yield _text(_LEFT + step * (number + 0.5), _HEIGHT - 8, column.version, anchor="middle")
 
 
 def _marks(column: Column, left: float, width: float, y_of: Any) -> Iterator[str]:
@@ -177,7 +183,6 @@ def _marks(column: Column, left: float, width: float, y_of: Any) -> Iterator[str
             f'fill="{_RED if one.regressed else _BLUE}">'
             f"<title>{html.escape(said)}</title></circle>"
         )
-    yield _text(left + width / 2, _HEIGHT - 8, column.version, anchor="middle")
 
 
 def _range(series: Series) -> tuple[float, float]:

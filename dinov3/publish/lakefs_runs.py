@@ -43,8 +43,8 @@ def prune_runs(lake: Lake, repo: str) -> list[str]:
 
 
 def _prune(lake: Lake, repo: str, branch: str) -> bool:
-    named = _RUN.fullmatch(branch)
-    if named is None:
+    made = _made(branch)
+    if made is None:
         return False
     path = _lock_path(branch)
     try:
@@ -56,8 +56,16 @@ def _prune(lake: Lake, repo: str, branch: str) -> bool:
     except BlockingIOError:
         return False
     except FileNotFoundError:
-        made = datetime.strptime(named[1], _TIME).replace(tzinfo=UTC)
         return datetime.now(UTC) - made > _FOREIGN_LIFE and lake.delete_branch(repo, branch)
+
+
+def _made(branch: str) -> datetime | None:
+    """When a publisher made it; None where none did."""
+    named = _RUN.fullmatch(branch)
+    try:
+        return datetime.strptime(named[1], _TIME).replace(tzinfo=UTC) if named else None
+    except ValueError:
+        return None
 
 
 def _lock_path(branch: str) -> Path:

@@ -159,6 +159,10 @@ class LakefsStore:
             raise StoreError(msg)
         return self._lake.open(self._repo, _commit(entry), path)
 
+    def file_names(self, model: str, version: str) -> list[str]:
+        """Every file that stands in a release's place."""
+        return self._names(self._published(model, version))
+
     def withdraw(self, model: str, version: str, envelope: bytes) -> None:
         """Attaches a withdrawal; the first one stays."""
         entry = self._published(model, version)
@@ -170,6 +174,8 @@ class LakefsStore:
 
     def withdrawals(self) -> list[bytes]:
         """The envelopes of all withdrawals that can be read; `entries` tells of the others."""
+        if not self._main.is_set_up():
+            return []
         found = self._envelopes().values()
         return [envelope for envelope in found if isinstance(envelope, bytes)]
 
@@ -243,10 +249,14 @@ class LakefsStore:
             self._main.head()  # raises where the server is away: that is nobody's withdrawal
             return error
 
+    def _names(self, entry: Entry) -> list[str]:
+        prefix = _prefix(entry.model, entry.version)
+        listed = self._lake.list(self._repo, _commit(entry), prefix)
+        return [stat.path.removeprefix(prefix) for stat in listed]
+
     def _copy_out(self, entry: Entry, partial: Path, on_bytes: OnBytes) -> None:
         prefix, commit = _prefix(entry.model, entry.version), _commit(entry)
-        listed = self._lake.list(self._repo, commit, prefix)
-        there = {stat.path.removeprefix(prefix) for stat in listed}
+        there = set(self._names(entry))
         try:
             # what SHA256SUMS does not list is never written: names may lead anywhere
             data = self._lake.read(self._repo, commit, prefix + SUMS_NAME, max_size=_MAX_SUMS)
@@ -276,6 +286,7 @@ def _entry(
     if audited not in commit.parents:
         raise StoreError(f"{tag}: its commit did not merge what it calls audited. {_RESTORE}")
     model, version = named.groups()
+    check_name(model, version)
     places = f"{identity}#{audited}", f"{identity}#{commit.id}"
     entry = Entry(model, version, said.get("digest", ""), None, *places)
     envelope = withdrawn.get(withdrawal_name(model, version))

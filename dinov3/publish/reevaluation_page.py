@@ -69,7 +69,7 @@ whose signature was checked.</p>
 <td class="figure">{{ '%.3f' | format(row.released) }}</td>
 <td class="figure model">{{ '%.3f' | format(row.value) }}<small>{{ '%.3f' | format(row.low) }}
 &ndash; {{ '%.3f' | format(row.high) }}</small></td>
-<td class="figure">{{ '%+.3f' | format(-row.fall) }}</td>
+<td class="figure">{{ '%+.3f' | format(row.value - row.released) }}</td>
 <td class="figure">{{ '%.3f' | format(row.tolerance) }}</td>
 <td>{% if row.regressed %}<span class="bad">regression</span>
 {%- else %}<span class="good">holds</span>{% endif %}</td></tr>

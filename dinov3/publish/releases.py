@@ -96,7 +96,13 @@ class View:
         return target
 
     def damage(self) -> Iterator[str]:
-        """Each file whose stored bytes are not those of the release, all of them read once."""
+        """Each stored file that is not as the release has it, or no part of it; all read once."""
+        try:
+            there = self._store.file_names(self.entry.model, self.entry.version)
+            for name in sorted(set(there) - self.digests.keys()):
+                yield str(self._broken(f"{name}: {SUMS_NAME} does not list it"))
+        except (LineageBroken, StoreError) as error:
+            yield str(error)
         for name in self.hashes:
             try:
                 with self._open(name) as source, Path(os.devnull).open("wb") as nowhere:

@@ -95,6 +95,9 @@ class Store(Protocol):
     def open_file(self, model: str, version: str, name: str) -> BinaryIO:
         """A file of a release as a stream; the reader checks what it reads."""
 
+    def file_names(self, model: str, version: str) -> list[str]:
+        """Every file that stands in a release's place, listed by it or not."""
+
     def withdraw(self, model: str, version: str, envelope: bytes) -> None:
         """Attaches a signed withdrawal to a visible release; the first one stays."""
 

@@ -181,12 +181,13 @@ def compare_receipts(
 def _lost_withdrawals(
     identity: str, visible: Mapping[str, Entry], receipts: Sequence[Receipt]
 ) -> Iterator[str]:
+    reasons: dict[str, set[str | None]] = {}  # of two who withdraw at once the store takes one's
     for receipt in receipts:
-        found = visible.get(f"{receipt.model}@{receipt.version}")
-        if receipt.kind != "withdraw" or not is_of(identity, receipt) or found is None:
-            continue
-        if found.withdrawn != receipt.reason:
-            yield f"{found.name}: withdrawn in the log, the store says otherwise"
+        if receipt.kind == "withdraw" and is_of(identity, receipt):
+            reasons.setdefault(f"{receipt.model}@{receipt.version}", set()).add(receipt.reason)
+    for name in sorted(reasons.keys() & visible.keys()):
+        if visible[name].withdrawn not in reasons[name]:
+            yield f"{name}: withdrawn in the log, the store says otherwise"
 
 
 def is_of(identity: str, receipt: Receipt) -> bool:

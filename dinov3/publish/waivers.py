@@ -77,6 +77,9 @@ def read_waivers(path: Path, model: str, version: str, today: datetime.date) -> 
     """
     if not path.exists():
         return Waivers({}, ())
+    if not path.is_file():
+        msg = f"{path}: not a file, got something else of that name. Write a list of waivers there."
+        raise DataError(msg)
     try:
         entries = yaml.load(path.read_text(encoding="utf-8"), _Loader) or []
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:

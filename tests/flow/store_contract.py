@@ -91,6 +91,7 @@ class StoreContract:
         assert place.open().entries() == [entry]
         assert place.open().fetch("vits", "0.1.0", tmp_path / "fetched") == entry
         assert read_release(tmp_path / "fetched") == read_release(folder)
+        assert set(place.open().file_names("vits", "0.1.0")) == read_release(folder).hashes.keys()
         with place.open().open_file("vits", "0.1.0", "README.md") as stream:
             assert stream.read() == (folder / "README.md").read_bytes()
 

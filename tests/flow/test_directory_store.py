@@ -16,6 +16,7 @@ import pytest
 from dinov3.errors import LineageBroken, StoreError
 from dinov3.publish import directory_store
 from dinov3.publish.directory_store import DirectoryStore
+from dinov3.publish.publishing import audit_store
 from dinov3.publish.store import Entry
 from tests.flow.publishers import (
     Place,
@@ -155,6 +156,52 @@ class TestDirectoryStore(StoreContract):
         os.mkfifo(path)
         with pytest.raises(StoreError, match=r"not a regular file|no store there"):
             place.open().entries()
+
+    def test_a_pipe_in_place_of_a_lock_is_not_waited_for(
+        self, place: Place, publisher: Publisher, tmp_path: Path
+    ):
+        publisher.publish(place.open(), make_thin(tmp_path / "release"))
+        (_root(place) / "lock").unlink()
+        os.mkfifo(_root(place) / "lock")
+        (_root(place) / "runs" / "file").write_text("no run")
+        (_root(place) / "runs" / "pipe").mkdir()
+        os.mkfifo(_root(place) / "runs" / "pipe" / "lock")
+        assert place.open().prune() == ["runs/file", "runs/pipe"]
+        publisher.publish(place.open(), make_thin(tmp_path / "next", version="0.1.1"))
+
+    def test_a_giant_planted_beside_a_release_is_not_copied(
+        self, place: Place, publisher: Publisher, tmp_path: Path
+    ):
+        entry = publisher.publish(place.open(), make_thin(tmp_path / "release"))
+        with (_root(place) / "objects" / entry.digest / "giant").open("wb") as stream:
+            stream.truncate(1 << 28)
+        counts: list[int] = []
+        with pytest.raises(LineageBroken, match="giant: SHA256SUMS does not list it"):
+            place.open().fetch("vits", "0.1.0", tmp_path / "fetched", on_bytes=counts.append)
+        assert counts == []
+
+    def test_a_file_in_place_of_a_release_is_damage(
+        self, place: Place, publisher: Publisher, tmp_path: Path
+    ):
+        entry = publisher.publish(place.open(), make_thin(tmp_path / "release"))
+        folder = _root(place) / "objects" / entry.digest
+        shutil.rmtree(folder)
+        folder.write_text("a file")
+        with pytest.raises(LineageBroken, match=r"vits@0\.1\.0: the store's copy is damaged"):
+            place.open().open_file("vits", "0.1.0", "README.md")
+        findings = audit_store(place.open(), log=publisher.log, keys=[publisher.key.public])
+        assert findings == ["vits@0.1.0: visible, but its files are gone"]
+
+    @pytest.mark.parametrize("name", ["runs/events", "objects/mine", "notes"])
+    def test_a_folder_in_other_use_is_not_made_a_store(
+        self, place: Place, publisher: Publisher, tmp_path: Path, name: str
+    ):
+        mine = _root(place) / name
+        mine.parent.mkdir(parents=True)
+        mine.write_text("kept")
+        with pytest.raises(StoreError, match=r"not a store of releases, holds .* of its own"):
+            publisher.publish(place.open(), make_thin(tmp_path / "release"))
+        assert [path for path in _root(place).rglob("*") if path.is_file()] == [mine]
 
     def test_a_planted_name_cannot_steer_a_terminal(
         self, place: Place, publisher: Publisher, tmp_path: Path

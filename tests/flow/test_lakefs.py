@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import stat
@@ -116,6 +117,19 @@ def test_a_build_that_fails_is_told_apart_from_one_that_cannot_be(building, tmp_
     assert words in done.stderr
     assert done.stdout == ""
     assert ("cannot be had here" in done.stderr) == (code == 3)
+
+
+def test_where_nothing_can_be_kept_the_build_says_so(building, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    done = subprocess.run(
+        [sys.executable, TOOLS / "build.py"],
+        env={**building, "XDG_CACHE_HOME": str(tmp_path / "file")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "cannot be made: Not a directory. Set XDG_CACHE_HOME." in done.stderr
 
 
 def test_where_go_cannot_be_had_the_build_says_so(building, tmp_path):
@@ -243,6 +257,13 @@ def test_a_port_of_another_kind_of_server_is_left_to_it(tmp_path):
     assert started.returncode == 1
     assert "did not start" in started.stderr
     assert "Traceback" not in started.stderr
+
+
+def test_a_state_that_cannot_be_kept_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    done = Server(tmp_path / "file" / "state").tool("start")
+    assert done.returncode == 1
+    assert re.fullmatch(r"lakefs: .*Not a directory: '.*file/state'\n", done.stderr)
 
 
 def test_stopping_where_nothing_ever_ran_is_no_error(tmp_path):

@@ -28,6 +28,7 @@ from dinov3.lake import Lake
 from dinov3.publish.lakefs_index import HOOK, INDEX
 from dinov3.publish.lakefs_main import Change, Main
 from dinov3.publish.lakefs_store import LakefsStore, open_lakefs_store
+from dinov3.publish.publishing import audit_store
 from dinov3.publish.releases import next_version
 from dinov3.publish.store import STEPS, Entry, held_versions, read_release
 from dinov3.release.files import format_sums
@@ -264,6 +265,17 @@ def test_an_index_of_another_form_is_never_followed(
     with pytest.raises(LineageBroken, match=r"index\.json: no index of releases"):
         publisher.publish(store, make_thin(tmp_path / "two", version="0.1.1"))
     assert "no index of releases" in LakefsStore(lake, repo).audit(publisher.receipts())[0]
+
+
+def test_a_version_that_could_not_be_published_is_not_shown(
+    store: LakefsStore, lake: Lake, publisher: Publisher, tmp_path: Path
+):
+    publisher.publish(store, make_thin(tmp_path / "one"))
+    files = release_files(make_thin(tmp_path / "two", version="0.1.1"))
+    plant(lake, store._repo, files, "vits", "01.0.0")
+    with pytest.raises(StoreError, match=r"version: not MAJOR\.MINOR\.PATCH, got '01\.0\.0'"):
+        store.entries()
+    assert any("01.0.0" in finding for finding in store.audit(publisher.receipts()))
 
 
 def test_an_audit_without_a_server_is_no_finding(
@@ -544,17 +556,19 @@ def test_runs_of_another_machine_are_pruned_after_a_day(
     publisher.publish(store, make_thin(tmp_path / "one"))
     head = lake.resolve(store._repo, "main")
     old, young = "run-20200101T000000Z-0123456789ab", "run-29990101T000000Z-0123456789ab"
-    for branch in (old, young, "run-of-somebody"):
+    undated = "run-20209999T999999Z-0123456789ab"
+    for branch in (old, young, undated, "run-of-somebody"):
         lake.create_branch(store._repo, branch, head)
     assert store.prune() == [old]
-    assert sorted(lake.branches(store._repo, "run-")) == [young, "run-of-somebody"]
+    assert sorted(lake.branches(store._repo, "run-")) == [undated, young, "run-of-somebody"]
 
 
-def test_a_store_that_is_not_there_is_said_so_and_not_made_by_reading(lake: Lake):
+def test_a_store_that_is_not_there_is_said_so_and_not_made_by_reading(lake: Lake, tmp_path: Path):
     store = LakefsStore(lake, "never-made")
     with pytest.raises(StoreError, match="lakefs://never-made: no store there"):
         store.entries()
-    assert "no store there" in store.audit([])[0]
+    (found,) = audit_store(store, log=tmp_path / "log", keys=[], with_bytes=True)
+    assert "no store there" in found
     assert not lake.has_repository("never-made")
 
 

@@ -1,5 +1,6 @@
 """What a pull asks before it begins: where from, and of which stages there is anything at all."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -50,6 +51,23 @@ def project(tmp_path_factory):
 def test_only_stages_with_bytes_are_there_to_pull(project):
     done = listings(project, "--made")
     assert (done.returncode, sorted(done.stdout.split())) == (0, ["arms@made", "folder"])
+
+
+@pytest.mark.parametrize(
+    "words", [["-r", "lake"], ["-rlake"], ["--remote=lake"], ["--rem", "lake"], ["--remo=lake"]]
+)
+@pytest.mark.parametrize("command", ["pull", "fetch"])
+def test_the_remote_that_is_asked_is_the_one_that_dvc_takes_from(tmp_path, command, words):
+    (tmp_path / "tools").mkdir()
+    wrapper = shutil.copy2(CHECKOUT / "tools" / "dvc", tmp_path / "tools")
+    for name in (".venv", ".venv-dvc"):
+        program = tmp_path / name / "bin" / "python"
+        program.parent.mkdir(parents=True)
+        program.write_text('#!/bin/sh\necho "$*"\n')
+        program.chmod(0o755)
+    asked, dvc = run(tmp_path, wrapper, command, *words, "data/x").stdout.splitlines()
+    assert asked.endswith("tools/listings.py lake")
+    assert dvc == f"-m dvc {command} {' '.join(words)} data/x"
 
 
 def test_without_a_remote_it_is_said_what_sets_one(project):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dinov3.publish.releases import View
 from dinov3.publish.signed_log import append_receipt
 from dinov3.publish.store import Entry, find_entry, read_log
 from dinov3.release.receipts import Receipt
+from tests.flow.publishers import make_thin
 from tests.released import make_release
 
 NAME = ("vits", "0.1.0")
@@ -210,6 +212,26 @@ def test_an_audit_of_all_bytes_names_every_file_that_changed(desk: Desk):
     desk.stored(entry, "SHA256SUMS").unlink()
     (finding,) = audit_store(desk.store, log=desk.log, keys=keys, with_bytes=True)
     assert "has no file 'SHA256SUMS'" in finding
+
+
+def test_what_is_published_during_an_audit_is_no_finding(desk: Desk):
+    desk.publish()
+
+    class Meddled(DirectoryStore):
+        def audit(self, receipts: Sequence[Receipt]) -> list[str]:
+            if len(receipts) == 1:
+                late = make_thin(desk.folder.parent / "late", version="0.1.1")
+                desk.store.publish(late, log=desk.log, key=desk.key)
+            return super().audit(receipts)
+
+    assert audit_store(Meddled(desk.store.root), log=desk.log, keys=[desk.key.public]) == []
+
+
+def test_an_audit_of_all_bytes_names_what_was_planted_beside_them(desk: Desk):
+    entry = desk.publish()
+    desk.stored(entry, "hubconf.py").write_text("planted")
+    (found,) = audit_store(desk.store, log=desk.log, keys=[desk.key.public], with_bytes=True)
+    assert "hubconf.py: SHA256SUMS does not list it" in found
 
 
 def test_a_withdrawal_planted_in_the_store_is_found_by_the_audit(desk: Desk, tmp_path: Path):

@@ -1,9 +1,11 @@
 """The log of receipts: signed lines in a chain, appended whole or not at all."""
 
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -177,6 +179,23 @@ for number in range(int(sys.argv[4])):
 def appender(folder, log, how, count, major):
     command = [sys.executable, "-c", APPEND, str(folder / "demo.pem"), str(log), how]
     return subprocess.Popen([*command, str(count), str(major)])
+
+
+def test_make_clean_keeps_the_log_and_what_else_stands_in_git(tmp_path):
+    checkout = Path(__file__).parents[2]
+    shutil.copy2(checkout / "Makefile", tmp_path)
+    kept = ["release_log/receipts.jsonl", "release_log/keys/demo.pub", "release_log/waivers.yaml"]
+    kept += ["README.md", "raw_images/fingerprint.json", "stamps/picture"]
+    for name in [*kept, "vits/weights", "notes"]:
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    subprocess.run(["make", "-s", "clean"], cwd=tmp_path, check=True)
+    left = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    assert {path.relative_to(tmp_path / "data").as_posix() for path in left} == set(kept)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(
+        {name.partition("/")[0] for name in kept}
+    )
 
 
 def test_two_processes_append_one_chain(log, keys, folder):

@@ -1,6 +1,7 @@
 """What all stores share: names, receipts against entries, folders that appear whole."""
 
 import io
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -130,6 +131,17 @@ def test_a_withdrawal_that_the_store_forgot_is_named():
     assert list(compare_receipts(STORE, [told], [receipt_of(ONE), withdrawal])) == []
 
 
+def test_of_two_who_withdrew_at_once_the_store_may_give_the_word_of_either():
+    both = [
+        replace(receipt_of(ONE), kind="withdraw", reason=reason) for reason in ("first", "second")
+    ]
+    told = replace(ONE, withdrawn="first")
+    assert list(compare_receipts(STORE, [told], [receipt_of(ONE), *both])) == []
+    other = replace(ONE, withdrawn="third")
+    (found,) = compare_receipts(STORE, [other], [receipt_of(ONE), *both])
+    assert found == "vits@0.1.0: withdrawn in the log, the store says otherwise"
+
+
 def test_a_receipt_is_left_once(tmp_path: Path, key: PrivateKey):
     leave_receipt(ONE, log=tmp_path / "log", key=key)
     leave_receipt(ONE, log=tmp_path / "log", key=key)
@@ -203,6 +215,47 @@ def test_a_folder_appears_only_when_all_went_well(tmp_path: Path):
         hidden.mkdir()
         raise DinoError("stop")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_no_folder_appears_over_a_link_or_in_place_of_where_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    for target in (tmp_path / "dangling", tmp_path / "link", Path(), Path("/")):
+        with pytest.raises(StoreError, match="already there"), appearing(target):
+            pytest.fail("begun, although it cannot end well")
+    with appearing(tmp_path / "empty") as hidden:
+        hidden.mkdir()
+
+
+FETCHES = """
+import os, sys
+from pathlib import Path
+from dinov3.publish.copying import appearing
+with appearing(Path(sys.argv[1])) as outer:
+    with appearing(outer) as hidden:
+        hidden.mkdir()
+        if sys.argv[2] == "inner":
+            os.kill(os.getpid(), 9)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_killed_fetches_left_goes_with_the_next_one_and_nothing_else(tmp_path: Path):
+    kept = tmp_path / f".target.partial-{os.getppid()}"  # of one that lives
+    for path in (kept, tmp_path / ".target.partial-x", tmp_path / ".other.partial-1"):
+        path.mkdir()
+    for stopped in ("inner", "outer"):
+        command = [sys.executable, "-c", FETCHES, tmp_path / "target", stopped]
+        subprocess.run(command, check=False)
+        assert len(list(tmp_path.iterdir())) == 4
+    with appearing(tmp_path / "target") as hidden:
+        hidden.mkdir()
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"target", kept.name, ".target.partial-x", ".other.partial-1"}
 
 
 def test_a_release_is_named_by_its_head_and_all_its_bytes(tmp_path: Path):

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import multiprocessing
+import os
 
 import pytest
 
@@ -55,6 +56,12 @@ def test_whole_waiver_counts_on_its_last_day(tmp_path):
         "why": "measured on another set",
         "until": "2026-11-21",
     }
+
+
+def test_pipe_in_place_of_the_waivers_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "waivers.yaml")
+    with pytest.raises(DataError, match=r"waivers\.yaml: not a file"):
+        read_waivers(tmp_path / "waivers.yaml", "vits", "0.1.0", TODAY)
 
 
 def test_waiver_is_over_the_day_after_and_is_named(tmp_path):

@@ -68,7 +68,12 @@ def cache_folder() -> Path:
     """Where binaries are kept, outside the checkout."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "dinov3" / "lakefs"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotBeHad(
+            f"{folder}: cannot be made: {error.strerror}. Set XDG_CACHE_HOME."
+        ) from error
     return folder
 
 

@@ -52,7 +52,7 @@ def main() -> int:
     except build.CannotBeHad as error:
         build.say(str(error))
         return build.CANNOT_BE_HAD
-    except (Failed, subprocess.CalledProcessError) as error:
+    except (Failed, OSError, subprocess.CalledProcessError) as error:
         build.say(str(error))
         return 1
     return 0
