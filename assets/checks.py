@@ -57,8 +57,10 @@ def training_health(folder: Path) -> Judgement:
     bad = sorted(name for name, value in metrics.items() if not _is_number(value))
     passed = health["passed"] is True and not bad
     limits = health["thresholds"]
+    step, start = health.get("step", 0), limits.get("after_step", 0)
+    state = "healthy" if step >= start else f"step {step}, limits hold from step {start} on"
     reason = health["reason"] or (
-        f"not finite: {', '.join(bad)}" if bad else _within(metrics, limits)
+        f"not finite: {', '.join(bad)}" if bad else "; ".join([state, *_beside(metrics, limits)])
     )
     shown = {f"threshold/{name}": limit for name, limit in limits.items()}
     return Judgement(passed, str(reason), {**metrics, **shown})
@@ -132,7 +134,7 @@ def _models(report: Mapping[str, Any]) -> set[tuple[str | None, str | None]]:
     return {(model["sha256"], model["record"]) for model in models}
 
 
-def _within(metrics: Mapping[str, float], limits: Mapping[str, Any]) -> str:
+def _beside(metrics: Mapping[str, float], limits: Mapping[str, Any]) -> list[str]:
     """The metrics that have a limit, in words."""
     words = {"min": "at least", "max": "at most"}
     told = []
@@ -140,7 +142,7 @@ def _within(metrics: Mapping[str, float], limits: Mapping[str, Any]) -> str:
         side, _, metric = name.partition("_")
         if side in words and metric in metrics:
             told.append(f"{metric} {metrics[metric]:.4g}, {words[side]} {limit:g}")
-    return "; ".join(["healthy", *told])
+    return told
 
 
 def _read(path: Path) -> Any:

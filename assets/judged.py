@@ -1,6 +1,8 @@
 """Which checks judge which stage: one table, for what Dagster runs and for what a shell made."""
 
 from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
 
 from assets.checks import (
     captions_whole,
@@ -11,16 +13,33 @@ from assets.checks import (
     training_health,
 )
 from assets.release_checks import gate_check, intact
+from dinov3.errors import DinoError
 from dinov3.release.policy import GATES
-from orchestration.runner import Check
+from orchestration.runner import Check, Judgement
 from orchestration.stages import checkout_pipeline
+
+
+def _red_when_unreadable(check: Check) -> Check:
+    """A file that a stage left otherwise is a red verdict; a crash would leave the last one."""
+
+    @wraps(check)
+    def judge(folder: Path) -> Judgement:
+        from polars.exceptions import PolarsError
+
+        try:
+            return check(folder)
+        except (DinoError, PolarsError, OSError, LookupError, TypeError, ValueError) as error:
+            return Judgement(False, f"A file is not as its stage writes it, got {error!r}.")
+
+    return judge
+
 
 _HEALTH: Mapping[str, Check] = {"health": training_health}
 _BOUND: Mapping[str, Check] = {"bound": report_bound}
 _RELEASE: Mapping[str, Check] = {**{name: gate_check(name) for name in GATES}, "intact": intact}
 
 # by the key of the stage; each check takes the folder of an artifact
-CHECKS: Mapping[str, Mapping[str, Check]] = {
+_WRITTEN: Mapping[str, Mapping[str, Check]] = {
     "image_manifest": {"verdict": manifest_verdict},
     "curated_dataset": {"sane": curation_sane},
     "pretrained_checkpoint": _HEALTH,
@@ -34,4 +53,8 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
     "eval_reports_dinotxt": _BOUND,
     "eval_reports_phases": _BOUND,
     **dict.fromkeys(checkout_pipeline().arms("release"), _RELEASE),
+}
+CHECKS: Mapping[str, Mapping[str, Check]] = {
+    key: {name: _red_when_unreadable(check) for name, check in checks.items()}
+    for key, checks in _WRITTEN.items()
 }

@@ -12,7 +12,7 @@ import yaml
 
 from dinov3.errors import ConfigError
 
-_REFERENCE = re.compile(r"\$\{\s*([\w.\-]+)\s*\}")
+_REFERENCE = re.compile(r"\$\{\s*([^{}]*?)\s*\}")
 
 
 def read_stages(root: Path) -> dict[str, dict[str, Any]]:

@@ -51,8 +51,12 @@ def read_lock(root: Path) -> Lock:
     try:
         stages = yaml.safe_load(path.read_text("utf-8"))["stages"]
         return {name: _locked(body) for name, body in stages.items()}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        msg = f"{path}: not a lock file of dvc: {error!r}. Restore it from git or run dvc repro."
+    except (yaml.YAMLError, UnicodeError, KeyError, TypeError, AttributeError) as error:
+        said = " ".join(str(error).split()) or repr(error)
+        msg = (
+            f"{path}: not a lock file of dvc, got {said}. Restore it from git, or remove it and "
+            "run dvc repro."
+        )
         raise DataError(msg) from error
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from dinov3.data.decode import UndecodableImage, composite, decode_image
 from dinov3.data.sources import open_source
-from dinov3.errors import DinoError
+from dinov3.errors import DataError, DinoError
 from dinov3.evals.curves import HEIGHT, WIDTH, Curve, read_curves
 from dinov3.release.record import RECORD_NAME, canonical_json, file_sha256, read_record
 from orchestration.lock import Lock, locked_outs
@@ -100,7 +100,11 @@ def _code(value: Any) -> str:
 
 
 def _curves(path: Path) -> dict[str, Any]:
-    curves = read_curves(path)
+    """Damaged ones are told and stop nobody: other artifacts are to be reported too."""
+    try:
+        curves = read_curves(path)
+    except DataError as error:
+        return {"curves": f"cannot be read: {error}"}
     if not curves:
         return {}
     return {
@@ -134,7 +138,10 @@ def _pictures(manifest: Path, root: Path) -> dict[str, Any]:
     import polars as pl
     import yaml
 
-    paths = pl.read_parquet(manifest, columns=["path"])["path"]
+    try:
+        paths = pl.read_parquet(manifest, columns=["path"])["path"]
+    except pl.exceptions.PolarsError as error:
+        return {"samples": f"{manifest.name} cannot be read: {error}"}
     chosen = paths.gather_every(max(1, len(paths) // _NUM_PICTURES)).head(_NUM_PICTURES).to_list()
     spec = yaml.safe_load((root / "params.yaml").read_text("utf-8"))["source"]
     try:

@@ -84,22 +84,28 @@ class Settings:
     def fingerprint(self) -> str | None:
         """What identifies the pictures now; None while the pipeline has made none.
 
-        Of the pipeline's own it is the digest of their table: one that was made again by other
-        code, of the same pictures, is nothing new.
+        Of the pipeline's own it is the digest of their table, once the dataset is made from it:
+        one that was made again by other code, of the same pictures, is nothing new.
 
         Raises:
-            DataError: The benchmark cannot be used, or the table's record is unreadable.
+            DataError: The benchmark cannot be used, or a record of the pictures is unreadable.
         """
         if self.benchmark:
             cache = self.root / RELATIVE_CACHE
             value = refresh(self._benchmark_from_root(), self.root / _FINGERPRINT, cache)
             return str(value["sha256"])
-        path = self.root / _MANIFEST / RECORD_NAME
+        table, dataset = (
+            self.root / folder / RECORD_NAME for folder in (_MANIFEST, _DATASET.parent)
+        )
+        if not (table.is_file() and dataset.is_file()):
+            return None
         try:
-            return read_record(path).outputs[_TABLE].sha256 if path.is_file() else None
+            sha256 = read_record(table).outputs[_TABLE].sha256
+            used = {edge.sha256 for edge in read_record(dataset).inputs if edge.name == _TABLE}
         except (RecordError, KeyError) as error:
-            msg = f"{path}: no record of a table, got {error}. Make it again: dvc repro."
+            msg = f"{table}: no record of a table, got {error}. Make it again: dvc repro."
             raise DataError(msg) from error
+        return sha256 if sha256 in used else None
 
     def _benchmark_from_root(self) -> str:
         """As the command finds it, which runs in `root`, from whatever folder we run in."""
@@ -220,7 +226,7 @@ def _result(path: Path) -> dg.MaterializeResult[Any]:
 def _table(metrics: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         f"| {row['protocol']} {row['metric']}{', k = ' + str(row['k']) if 'k' in row else ''} "
-        f"| {row['released']:.3f} | {row['value']:.3f} | {-row['fall']:+.3f} "
+        f"| {row['released']:.3f} | {row['value']:.3f} | {row['value'] - row['released']:+.3f} "
         f"| {row['tolerance']:.3f} | {'**regression**' if row['regressed'] else 'holds'} |"
         for row in metrics
     ]

@@ -70,7 +70,7 @@ def novelty_sensor(root: Path = CHECKOUT) -> dg.SensorDefinition:
         settings = read_settings(root)
         benchmark = settings.fingerprint()
         if benchmark is None:
-            return dg.SkipReason("The pipeline has made no pictures to judge on yet.")
+            return dg.SkipReason("The pipeline has not made the pictures to judge on yet.")
         seen = json.loads(context.cursor or '{"benchmark": null, "releases": {}}')
         known = seen["releases"] if seen["benchmark"] == benchmark else {}
         now = {entry.name: entry.digest for entry in settings.entries()}

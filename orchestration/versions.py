@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import dagster as dg
-from dagster import DagsterInstance, RunsFilter
+import psutil
+from dagster import DagsterEventType, DagsterInstance, RunsFilter
 
 from dinov3.release.record import RECORD_NAME
 from orchestration.events import is_news, root_events
@@ -157,4 +158,23 @@ def _is_there(pipeline: Pipeline, artifact: Artifact, lock: Lock) -> bool:
 
 
 def _is_materializing(instance: DagsterInstance) -> bool:
-    return bool(instance.get_run_records(RunsFilter(statuses=_RUNNING), limit=1))
+    runs = instance.get_runs(RunsFilter(statuses=_RUNNING))
+    return any(_has_process(instance, run.run_id) for run in runs)
+
+
+def _has_process(instance: DagsterInstance, run_id: str) -> bool:
+    """Whether a run's process is there: killed with the daemon, a run is called running for ever.
+
+    Runs are processes of this machine, as the state of Dagster is a file of it.
+    """
+    started = instance.get_records_for_run(
+        run_id, of_type={DagsterEventType.RUN_STARTING, DagsterEventType.RUN_START}
+    ).records
+    if not started:
+        return False
+    entry = started[-1].event_log_entry
+    pid = entry.get_dagster_event().pid
+    try:
+        return pid is None or psutil.Process(pid).create_time() <= entry.timestamp
+    except psutil.NoSuchProcess:
+        return False

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 
+import dagster as dg
 import psutil
 import pytest
 
 from orchestration.lock import read_lock
 from orchestration.stages import CHECKOUT
+from orchestration.versions import dvc_lock_sensor
 from tests.flow.project import DVC, Project, environment
+from tests.flow.test_doors import DEFINITIONS
 
 GRACE = 3.0
 ALLOWED = 60.0  # seconds in which the kernel must have told of every end, on a crowded machine
@@ -107,3 +110,32 @@ def test_killed_dvc_takes_its_stage_along(project):
     assert is_gone(watched)
     dvc.wait()
     assert (project.root / "saved.txt").read_text() == "SIGTERM\n"
+
+
+def test_run_killed_with_its_daemon_does_not_keep_the_sensor_silent(project, tmp_path):
+    """Nobody is left to say that it ended: Dagster calls it running for ever."""
+    home = tmp_path / "dagster home"
+    home.mkdir()
+    (home / "dagster.yaml").write_text((CHECKOUT / "orchestration" / "dagster.yaml").read_text())
+    (project.root / "definitions.py").write_text(DEFINITIONS)
+    env = {**environment(), "DAGSTER_HOME": str(home), "PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, "-m", "dagster", "asset", "materialize", "--select", "first"]
+    project.set_modes(first="wait")
+    with (project.root / "worker.log").open("wb") as said:
+        worker = subprocess.Popen(
+            [*command, "-f", "definitions.py"], cwd=project.root, env=env, stdout=said, stderr=said
+        )
+    watched = [os.pidfd_open(pid) for pid in running_pids(project, worker)]
+    sensor = dvc_lock_sensor(project.pipeline)
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        (project.root / "dvc.lock").write_text('schema: "2.0"\nstages: {}\n')
+        with dg.build_sensor_context(instance=instance) as context:
+            assert "A run is on its way" in sensor(context).skip_message
+            worker.kill()
+            worker.wait()
+            assert [is_gone(one) for one in watched] == [True, True]
+            project.set_modes()
+            project.dvc("repro", "first")
+            assert "raw_images, first" in sensor(context).skip_message
+        (run,) = instance.get_runs()
+        assert run.status is dg.DagsterRunStatus.STARTED

@@ -123,6 +123,18 @@ def test_new_bytes_of_a_shell_are_judged_anew_and_absent_ones_are_no_longer_gree
     assert said.severity is dg.AssetCheckSeverity.WARN
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [("events.jsonl", "curves"), ("manifest.parquet", "samples")]
+)
+def test_damaged_file_of_one_artifact_leaves_the_others_reported(project, instance, name, shown):
+    project.dvc("repro", "second")
+    path = project.root / "data" / "second" / name
+    path.unlink(missing_ok=True)
+    path.write_bytes(b"PAR1")
+    assert report_lock(instance, project.pipeline) == ["raw_images", "first", "second"]
+    assert "cannot be read: " in latest(instance, "second").metadata[shown].value
+
+
 def test_sensor_reports_an_artifact_once(project, instance):
     project.dvc("repro")
     sensor = dvc_lock_sensor(project.pipeline)

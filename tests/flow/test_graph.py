@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dinov3.errors import ConfigError
+from dinov3.errors import ConfigError, DataError
 from orchestration.definitions import defs
+from orchestration.lock import read_lock
 from orchestration.stages import CHECKOUT, checkout_pipeline, read_pipeline
 from tests.flow.project import DVC
 
@@ -155,6 +156,7 @@ def test_unknown_stage_is_named(tmp_path, key):
     ("stages", "said"),
     [
         ("stages: {a: {cmd: 'echo ${b}'}}", r"dvc.yaml: a: unknown name, got \${b}"),
+        ("stages: {a: {cmd: 'echo ${b[0]}'}}", r"dvc.yaml: a: unknown name, got \${b\[0\]}"),
         ("stages: {a: {cmd: echo, wdir: x}}", "a: not read here, got wdir"),
         ("vars: []", "only stages are read here, got vars"),
         (
@@ -179,3 +181,19 @@ def test_unknown_stage_is_named(tmp_path, key):
 def test_what_dvc_would_read_otherwise_is_refused(tmp_path, stages, said):
     with pytest.raises(ConfigError, match=said):
         read_pipeline(write(tmp_path, stages))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<<<<<<< HEAD\nstages:\n=======\n", "mapping values are not allowed here"),
+        (b"\xff\xfe\x00", "can't decode byte 0xff"),
+        (b"", "'NoneType' object is not subscriptable"),
+    ],
+)
+def test_lock_that_dvc_cannot_read_either_is_named_with_what_helps(tmp_path, content, said):
+    (tmp_path / "dvc.lock").write_bytes(content)
+    with pytest.raises(DataError, match=r"or remove it and run dvc repro\.") as raised:
+        read_lock(tmp_path)
+    assert said in str(raised.value)
+    assert "object at 0x" not in str(raised.value)

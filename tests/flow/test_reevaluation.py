@@ -10,6 +10,7 @@ import datetime
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -159,6 +160,10 @@ def test_runs_of_a_tick_turn_the_check_red_for_the_regression_alone(judged):
     assert "figures fell beyond their tolerance" in red.description
     assert "**regression**" in red.metadata["figures"].value
     assert red.metadata["page"].value.endswith(".html")
+    same = verdict(runs["vits@0.1.0"]).metadata
+    for shown in (same["figures"].value, Path(same["page"].value).read_text()):
+        assert "+0.000" in shown
+        assert "-0.000" not in shown
 
 
 def test_both_releases_left_dated_reports_and_the_alert_was_called(place, judged):
@@ -246,21 +251,33 @@ def test_places_are_those_of_the_checkout_wherever_the_daemon_runs(
         place.write_params()
 
 
+def use(record, name, other):
+    """Changes the input of a name."""
+    (edge,) = (one for one in record["inputs"] if one["name"] == name)
+    edge.update(other)
+
+
 def test_same_pictures_listed_by_other_code_are_nothing_new(place, instance):
     """Without a benchmark of their own, releases are judged on what the pipeline held out."""
     images, table = place.root / "data" / "image_manifest", "manifest.parquet"
+    dataset = place.root / "data" / "curated_dataset"
     place.write_params(benchmark="")
     try:
         assert place.look(instance) == ([], None)  # no pictures yet
         shutil.copytree(place.root / "0.1.0" / "image_manifest", images)
+        assert place.look(instance) == ([], None)  # a run would fail, and not be asked for again
+        shutil.copytree(place.root / "0.1.0" / "curated_dataset", dataset)
         asked, cursor = place.look(instance)
         assert asked == NAMES
         rewrite_record(images, lambda record: record.update(code="0" * 64))
         assert place.look(instance, cursor)[0] == []
         other = {"sha256": "1" * 64}
         rewrite_record(images, lambda record: record["outputs"][table].update(other))
+        assert place.look(instance, cursor) == ([], cursor)  # the dataset is of the old table
+        rewrite_record(dataset, lambda record: use(record, table, other))
         assert place.look(instance, cursor)[0] == NAMES
     finally:
+        shutil.rmtree(dataset, ignore_errors=True)
         shutil.rmtree(images, ignore_errors=True)
         place.write_params()
 

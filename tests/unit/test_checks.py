@@ -14,6 +14,7 @@ from assets.checks import (
     report_bound,
     training_health,
 )
+from assets.judged import CHECKS
 from dinov3.release.record import Edge, Record
 from dinov3.stage import open_stage
 
@@ -100,6 +101,27 @@ def test_missing_file_is_red(tmp_path, check):
 
 
 @pytest.mark.parametrize(
+    ("stage", "check", "name"),
+    [
+        ("image_manifest", "verdict", "verdict.json"),
+        ("curated_dataset", "sane", "curated.parquet"),
+        ("pretrained_checkpoint", "health", "health.json"),
+        ("gram_teacher", "choice", "choice.json"),
+        ("caption_pairs", "whole", "pairs.parquet"),
+        ("release_vits", "chain", "release/checks.json"),
+    ],
+)
+@pytest.mark.parametrize("content", ["", "{", "{}"])
+def test_damaged_file_is_a_red_verdict_and_no_crash(tmp_path, stage, check, name, content):
+    (tmp_path / "release").mkdir()
+    for left in (name, "record.json", "backbone.safetensors"):
+        (tmp_path / left).write_text(content)
+    judgement = CHECKS[stage][check](tmp_path)
+    assert not judgement.passed
+    assert "is not as its stage writes it" in judgement.description
+
+
+@pytest.mark.parametrize(
     ("kept", "reasons", "passed"),
     [
         ([True, False], [None, "exact duplicate"], True),
@@ -136,6 +158,17 @@ def test_health_shows_metrics_beside_the_limits_of_the_recipe(tmp_path):
         "threshold/num_images": 4,
         "threshold/non_finite": "stop",
     }
+
+
+def test_short_run_is_not_called_healthy_before_its_limits_hold(tmp_path):
+    thresholds = {"max_cosine": 0.5, "after_step": 100}
+    health = {**HEALTH, "metrics": {"cosine": 0.9}, "thresholds": thresholds, "step": 5}
+    judgement = training_health(leave(tmp_path, "health.json", health))
+    assert judgement.passed
+    said = "step 5, limits hold from step 100 on; cosine 0.9, at most 0.5"
+    assert judgement.description == said
+    judgement = training_health(leave(tmp_path, "health.json", {**health, "step": 100}))
+    assert judgement.description.startswith("healthy")
 
 
 @pytest.mark.parametrize(

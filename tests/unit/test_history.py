@@ -1,6 +1,7 @@
 """The picture of each metric over the releases, and the reports it is read from."""
 
 import json
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -84,6 +85,18 @@ def test_picture_shows_every_measurement_and_marks_regressions():
     said = "".join(root.itertext())
     assert "0.1.0" in said
     assert "0.2.0" in said
+
+
+def test_names_of_many_releases_do_not_run_into_each_other():
+    versions = [f"1.{number}.0" for number in range(50)]
+    root = drawn(*(report(version, "1", row(0.8)) for version in versions))
+    texts = [one for one in root.iter(f"{SVG}text") if one.text in versions]
+    places = sorted((float(one.get("x")), one.text) for one in texts)
+    assert places[-1][1] == "1.49.0"
+    assert len(places) > 3
+    gaps = [after - before for (before, _), (after, _) in pairwise(places)]
+    assert min(gaps) > 6 * len("1.49.0")  # pixels of a letter
+    assert len(root.findall(f".//{SVG}circle")) == 50
 
 
 def test_marks_stay_inside_their_panel():
