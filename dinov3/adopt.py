@@ -25,15 +25,21 @@ from dinov3 import hub
 from dinov3.checkpoint import save_tensors
 from dinov3.convert import config_from_transformers, from_transformers
 from dinov3.errors import CheckpointError, ConfigError, DinoError
-from dinov3.models.backbone import Backbone, BackboneConfig, backbone_config, backbone_of
+from dinov3.models.backbone import Backbone, BackboneConfig, backbone_config
 from dinov3.models.convnext import ConvNeXtConfig
 from dinov3.models.vit import ViTConfig
 from dinov3.release.atomic import atomic_write
 from dinov3.release.licences import normal_form, unknown_in
-from dinov3.release.record import RecordError, canonical_json, file_sha256, parse_object
+from dinov3.release.record import (
+    RecordError,
+    canonical_json,
+    file_sha256,
+    parse_object,
+    read_bounded,
+)
 from dinov3.release.spdx import LicenceError
 from dinov3.stage import TRAINING_DATA, UNKNOWN, open_stage
-from dinov3.weight_files import fill, read_tensors
+from dinov3.weight_files import read_tensors
 
 STAGE = "outside_weights"
 ROLE = "outside weights"
@@ -141,8 +147,7 @@ def _open_file(path: Path, arch: str | None) -> _Found:
     if arch in hub.ARCHITECTURES:
         return _Found(hub.load_backbone(path, arch, device="cpu"), crops, [path])
     config_path, config = _own_config(arch)
-    model = backbone_of(config, device="meta")
-    backbone = fill(model, read_tensors(path), path, device="cpu")
+    backbone = hub.backbone_from(config, read_tensors(path), path, device="cpu")
     return _Found(backbone, crops, [path], [config_path])
 
 
@@ -154,7 +159,7 @@ def _open_folder(folder: Path, arch: str | None) -> _Found:
         config = _agreed(config, arch, config_path)
     tensors, weights = _read_parts(folder)
     named = from_transformers(tensors, config, folder)
-    backbone = fill(backbone_of(config, device="meta"), named, folder, device="cpu")
+    backbone = hub.backbone_from(config, named, folder, device="cpu")
     crops: Mapping[str, Any] = _CROPS
     preprocessor = folder / _PREPROCESSOR_NAME
     if preprocessor.is_file():
@@ -241,7 +246,10 @@ def _fields(config: BackboneConfig) -> dict[str, Any]:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        return parse_object(path.read_bytes())
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            msg = "not a regular file"
+            raise RecordError(msg)
+        return parse_object(read_bounded(path))
     except (OSError, RecordError) as error:
         msg = f"{path}: not readable, got {error}. Fetch or save it again."
         raise CheckpointError(msg) from error

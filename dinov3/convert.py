@@ -164,6 +164,9 @@ def from_transformers(
         del renamed["storage_tokens"]  # theirs keeps a tensor of none
     for index in range(config.depth):
         _join_projections(renamed, f"blocks.{index}.attn.", config, path)
+    norm = renamed.get("norm.weight")
+    if norm is None or norm.shape != (config.embed_dim,):
+        return renamed  # to be refused, before a width of the config alone takes any memory
     rope = RotaryEmbedding(config.embed_dim // config.num_heads, base=config.rope_base)
     return {**renamed, "rope_embed.periods": rope.periods}
 

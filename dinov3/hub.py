@@ -40,6 +40,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 BACKBONE_NAME = "backbone.safetensors"  # in an artifact
 RELEASED_NAME = "model.safetensors"  # the same bytes in a release
 MAX_IMAGE_SIZE = 8192  # pixels per side; a float picture of this size takes 0.8 GB
+_MAX_CONFIG = 2**20  # characters of a config.json
 _SATELLITE_HASH = {"dinov3_vitl16": "eadcf0ff", "dinov3_vit7b16": "a6675841"}
 
 
@@ -174,7 +175,29 @@ def load(
     if not tensors:
         msg = f"{path}: no tensor of the {role} in it, got role={role!r}. Use teacher or student."
         raise CheckpointError(msg)
-    return fill(backbone_of(config, device="meta"), tensors, path, device=device)
+    return backbone_from(config, tensors, path, device=device)
+
+
+def backbone_from(
+    config: BackboneConfig, tensors: Mapping[str, Tensor], path: Path, *, device: Device = None
+) -> Backbone:
+    """Build the network that a config describes, of exactly these tensors, in eval mode.
+
+    Both may be anybody's: what has more layers than there are tensors is not even begun.
+
+    Raises:
+        CheckpointError: They do not fit, or no memory holds a network of that size.
+    """
+    num_layers = sum(config.depths) if isinstance(config, ConvNeXtConfig) else config.depth
+    if num_layers > len(tensors):
+        msg = f"{path}: of fewer tensors than layers, got {len(tensors)} for {num_layers}. "
+        raise CheckpointError(f"{msg}Pass the weights that belong to the config.")
+    try:
+        model = backbone_of(config, device="meta")
+    except (RuntimeError, TypeError, OverflowError) as error:  # how torch refuses such sizes
+        msg = f"{path}: no network has the sizes of its config, got {str(error)[:200]!r}. "
+        raise CheckpointError(f"{msg}Pass a model's directory.") from error
+    return fill(model, tensors, path, device=device)
 
 
 def weights_in(folder: Path) -> Path:
@@ -336,8 +359,12 @@ def _is_satellite(name: str, weights: Weights | Path) -> bool:
 def _read_config(folder: Path) -> BackboneConfig:
     path = folder / "config.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            msg = "not a regular file"
+            raise ValueError(msg)
+        with path.open(encoding="utf-8") as stream:
+            fields = json.loads(stream.read(_MAX_CONFIG))
+    except (OSError, ValueError, RecursionError) as error:
         msg = f"{path}: not the config of a backbone, got {error!r}. Pass a model's directory."
         raise CheckpointError(msg) from error
     return _config_of(fields, path)

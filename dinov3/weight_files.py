@@ -64,13 +64,26 @@ def read_tensors(path: Path, *, with_heads: bool = False) -> dict[str, Tensor]:
     teacher = content.get("teacher")
     if isinstance(teacher, Mapping):
         content = teacher
-    if not with_heads and any(str(name).startswith("backbone.") for name in content):
+    is_nested = any(str(name).startswith("backbone.") for name in content)
+    if is_nested and not with_heads and all(isinstance(name, str) for name in content):
         content = _backbone_of(content)
-    foreign = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    foreign = [str(name) for name, value in content.items() if not _is_plain(name, value)]
     if foreign:
         msg = f"{path}: not a state dict of tensors, got {_some(foreign)}. Pass the weights alone."
         raise CheckpointError(msg)
     return dict(content)
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """Whether it is a named tensor that holds each of its elements, as a model's do.
+
+    One number may be spread over any shape: few bytes in the file, and no end of memory as a copy.
+    """
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _backbone_of(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,6 +139,13 @@ def _check_names_and_shapes(
             for name, value in expected.items()
             if name in tensors and tensors[name].shape != value.shape
         ],
+        "without their scale": [  # whole numbers of a quantised file
+            f"{name} {tensors[name].dtype}"
+            for name, value in expected.items()
+            if name in tensors
+            and value.is_floating_point()
+            and not tensors[name].is_floating_point()
+        ],
     }
     found = [f"{kind}: {_some(names)}" for kind, names in differences.items() if names]
     if found:
@@ -178,4 +198,5 @@ def _is_finite(name: str, value: Tensor) -> bool:
 
 def _some(names: list[str], limit: int = 20) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+    shown = (name if name.isprintable() else ascii(name) for name in names[:limit])
+    return ", ".join(shown) + rest

@@ -316,11 +316,27 @@ def test_directory_that_describes_another_model_is_refused(changes, why, saved, 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"num_register_tokens": 2}]
+    "changes",
+    [
+        {"num_hidden_layers": 3},
+        {"num_hidden_layers": 1},
+        {"num_hidden_layers": 10**9},
+        {"num_register_tokens": 2},
+        {"hidden_size": 2**40},
+    ],
 )
 def test_weights_that_are_not_those_described_are_refused(changes, saved, tmp_path):
     edit(saved, **changes)
-    with pytest.raises(CheckpointError, match=r"is missing, got no|not the weights of this arch"):
+    with pytest.raises(
+        CheckpointError, match=r"is missing, got no|not the weights of this arch|has the sizes"
+    ):
+        adopt(saved, tmp_path)
+
+
+def test_description_that_is_a_pipe_is_not_waited_for(saved, tmp_path):
+    (saved / "config.json").unlink()
+    os.mkfifo(saved / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: not readable, got not a regular"):
         adopt(saved, tmp_path)
 
 

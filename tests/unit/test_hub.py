@@ -122,11 +122,46 @@ def test_load_without_weights_names_the_file(artifact):
         hub.load(directory)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}', '{"model": {"embed_dim": "a"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        pytest.param("[" * 100_000, id="deep"),
+        "[]",
+        "{}",
+        '{"model": 3}',
+        '{"model": {"embed_dim": "a"}}',
+    ],
+)
 def test_load_refuses_a_broken_config(artifact, text):
     directory, *_ = artifact
     (directory / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"config\.json: not the config of a backbone"):
+        hub.load(directory)
+
+
+def test_load_waits_for_no_pipe(artifact):
+    directory, *_ = artifact
+    (directory / "config.json").unlink()
+    os.mkfifo(directory / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: .*not a regular file"):
+        hub.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 10**9}, "of fewer tensors than layers, got [0-9]+ for 1000000000"),
+        ({"embed_dim": 2**40}, "no network has the sizes of its config, got 'Storage size"),
+        ({"ffn_ratio": 1e308}, "no network has the sizes of its config"),
+    ],
+)
+def test_load_refuses_sizes_that_no_machine_holds(artifact, changes, message):
+    directory, *_ = artifact
+    path = directory / "config.json"
+    model = json.loads(path.read_text())["model"]
+    path.write_text(json.dumps({"model": {**model, **changes}}))
+    with pytest.raises(CheckpointError, match=message):
         hub.load(directory)
 
 

@@ -161,6 +161,58 @@ def test_links_into_hidden_folders_are_followed(tmp_path):
     assert [source.read(entry.path) for entry in source.entries()] == [png()]
 
 
+def test_text_beside_a_picture_steers_no_terminal(tmp_path):
+    write(tmp_path / "a.png", png())
+    written = write(tmp_path / "list.tsv", b"a.png\tl\x1b[2Jabel\tcap\x9b\x07tion \xc2\x9b2J\n")
+    (entry,) = open_source(f"list:{written}").entries()
+    assert (entry.label, entry.caption) == ("l [2Jabel", "cap\\x9b tion 2J")
+
+
+@pytest.mark.parametrize("size", [-1024, -512, -1])
+def test_shard_whose_member_has_a_negative_size_is_listed_as_damaged(tmp_path, size):
+    info = tarfile.TarInfo("before.png")
+    info.size = len(png())
+    good = info.tobuf() + png().ljust(tarfile.BLOCKSIZE, b"\0")
+    header = bytearray(tarfile.TarInfo("loop.png").tobuf())
+    header[124:136] = size.to_bytes(12, "big", signed=True)
+    checksum = sum(header[:148]) + sum(header[156:]) + 8 * ord(" ")
+    header[148:156] = b"%06o\0 " % checksum
+    write(tmp_path / "0.tar", good + bytes(header) + bytes(1024))
+    source = open_source(f"wds:{tmp_path}/0.tar")
+    damage = "damaged shard: after 1 members: a member of negative size"
+    assert [(one.path, one.refused) for one in source.entries()] == [
+        ("0.tar", damage),
+        ("0.tar!before.png", None),
+    ]
+    assert source.read("0.tar!before.png") == png()
+
+
+def test_shard_of_long_names_without_end_is_listed_as_damaged(tmp_path):
+    info = tarfile.TarInfo("name")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, tarfile.BLOCKSIZE
+    write(tmp_path / "0.tar", (info.tobuf() + b"n" * tarfile.BLOCKSIZE) * 3000 + bytes(1024))
+    (entry,) = open_source(f"wds:{tmp_path}/0.tar").entries()
+    assert entry.path == "0.tar"
+    assert str(entry.refused).startswith("damaged shard: after 0 members: maximum recursion")
+
+
+def test_parquet_text_that_is_no_text_is_an_error(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = pa.array([b"\xff\xfe"]).cast(pa.string(), safe=False)
+    never = pa.array([10**17], pa.timestamp("ms"))
+    for label in (broken, never):
+        pq.write_table(pa.table({"path": ["a.png"], "label": label}), tmp_path / "t.parquet")
+        with pytest.raises(DataError, match=r"t\.parquet is damaged"):
+            list(open_source(f"parquet:{tmp_path}/t.parquet").entries())
+        pq.write_table(pa.table({"image": label}), tmp_path / "t.parquet")
+        source = open_source(f"parquet:{tmp_path}/t.parquet")
+        (entry,) = source.entries()
+        with pytest.raises(OSError, match="not readable"):
+            source.read(entry.path)
+
+
 def test_list_takes_relative_and_absolute_paths_labels_and_captions(tmp_path):
     write(tmp_path / "in" / "b.png", png(1))
     write(tmp_path / "out" / "a.png", png(2))

@@ -54,6 +54,38 @@ def test_weights_too_large_for_the_asked_dtype_are_refused(tmp_path):
         open_tiny(path, dtype=torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_numbers_that_are_no_weights_are_refused(tmp_path, dtype):
+    state = tiny().state_dict()
+    state["blocks.1.attn.qkv.weight"] = state["blocks.1.attn.qkv.weight"].to(dtype)
+    path = save(state, tmp_path / "weights.pth")
+    message = rf"without their scale: blocks\.1\.attn\.qkv\.weight {dtype}"
+    with pytest.raises(CheckpointError, match=message):
+        open_tiny(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sparse", torch.eye(3).to_sparse()),
+        ("without data", torch.empty(3, device="meta")),
+        ("one number spread over a terabyte", torch.zeros(1).expand(2**38)),
+        (1, torch.zeros(3)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*sparse tensor invariants")
+def test_what_no_model_holds_is_refused(tmp_path, name, value):
+    path = save({"backbone.norm.weight": torch.zeros(3), name: value}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=f"not a state dict of tensors, got .*{name}"):
+        read_tensors(path)
+
+
+def test_a_name_of_a_tensor_steers_no_terminal(tmp_path):
+    path = save({**tiny().state_dict(), "\x1b[2J": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected: '\\x1b\[2J'"):
+        open_tiny(path)
+
+
 def test_a_key_mask_that_was_never_filled_does_not_hinder_loading(tmp_path):
     state = tiny(mask_k_bias=True).state_dict()
     state["blocks.0.attn.qkv.bias_mask"].fill_(torch.nan)

@@ -6,6 +6,7 @@ length; what must be sorted is sorted in runs on disk.
 
 import heapq
 import os
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import IO
 
 RUN_SIZE = 100_000  # strings sorted in memory at once
 _MAX_IGNORED_KINDS = 50
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,11 @@ def suffix_of(name: str) -> str:
 
 
 def clean_text(text: str) -> str | None:
-    """A label or caption as one printable line that any UTF-8 file can hold; None when empty."""
-    line = " ".join(text.replace("\0", " ").split())
+    """A label or caption as one line that any UTF-8 file can hold; None when empty.
+
+    Control characters count as space: shown on a terminal, they would steer it.
+    """
+    line = " ".join(_CONTROL.sub(" ", text).split())
     return line.encode("utf-8", "backslashreplace").decode("utf-8") or None
 
 

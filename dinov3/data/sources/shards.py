@@ -167,10 +167,13 @@ def scan(file: Any, members: list[Member]) -> str | None:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=tarfile.TarInfo) as tar:
             while (found := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]
+                if found.size < 0:  # the next header would be one that was read before
+                    msg = "a member of negative size"
+                    raise tarfile.ReadError(msg)
                 if not found.isdir():
                     members.append(_member(found))
             end = tar.offset  # type: ignore[attr-defined]
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         return f"damaged shard: after {len(members)} members: {error}"
     # tarfile stops without a word at a header it cannot read
     file.seek(end)

@@ -129,7 +129,7 @@ class ParquetImages(ImageSource):
 
         try:
             value = self._cell(index)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, ValueError, OverflowError) as error:
             raise OSError(errno.EIO, f"row group not readable: {error}") from error
         if isinstance(value, dict):
             value = value.get("bytes")
@@ -194,7 +194,8 @@ def _read_columns(table: Path, names: tuple[str, ...]) -> Iterator[dict[str, Any
                 return
             for batch in file.iter_batches(_BATCH_ROWS, columns=present):
                 yield from batch.to_pylist()
-    except pa.ArrowException as error:
+    # text that is not UTF-8, a date that no calendar has
+    except (pa.ArrowException, ValueError, OverflowError) as error:
         msg = f"source: {table} is damaged: {error}. Write it anew."
         raise DataError(msg) from error
 
