@@ -132,7 +132,9 @@ def _entry(name: str, folder: Path, log: Path, revoked: Mapping[str, Revocation]
     }
     try:
         entry["passphrase"] = has_passphrase(folder / f"{name}.pem")
-        printed = fingerprint(public_key_of(name, folder=folder, log=log))
+        # the one beside it alone: a log may hold another key of that name
+        own = public_key_of(str(folder / f"{name}.pub"), folder=folder, log=log)
+        printed = fingerprint(own)
     except (DinoError, CannotCheck, Refused) as error:
         return entry | {"problem": str(error)}
     found = revoked.get(printed)

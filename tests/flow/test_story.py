@@ -30,11 +30,16 @@ STAGES = (
     "eval_reports/pretrained",
 )
 LAST = "eval_reports@pretrained"  # the thread that most tests follow
+_LOG = "data/release_log/"
+_MADE_HERE = (  # by `make demo` in this checkout, or by its owner
+    "dvc.lock",
+    *(f"{_LOG}{name}" for name in ("attempts.jsonl", "keys/", "receipts.jsonl", "revoked.json")),
+)
 _WHO = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
 
 
 class Checkout:
-    """A copy of the tracked files with environments, pictures and the smallest recipe."""
+    """A copy of the checkout as it came, with environments, pictures and the smallest recipe."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -43,7 +48,7 @@ class Checkout:
             ["git", *listed], cwd=CHECKOUT, capture_output=True, text=True, check=True
         ).stdout.split("\0")
         for name in filter(None, names):
-            if (CHECKOUT / name).is_file() and name != "dvc.lock":
+            if (CHECKOUT / name).is_file() and not name.startswith(_MADE_HERE):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(CHECKOUT / name, root / name)
         for name in (".venv", ".venv-dvc"):
@@ -51,6 +56,7 @@ class Checkout:
         draw_pictures(root / "pictures", num_per_class=8)
         params = yaml.safe_load((root / "params.yaml").read_text())
         params |= {"recipe": "smoke_cpu", "source": "folder:pictures"}
+        params["release"] |= {"key": "demo", "version": "0.1.0"}
         params["overrides"]["manifest"] = "licence=CC0-1.0"
         (root / "params.yaml").write_text(yaml.safe_dump(params))
         for command in (("init", "-q"), ("add", "-A"), ("commit", "-q", "-m", "A copy.")):

@@ -24,6 +24,7 @@ def folder(tmp_path, monkeypatch):
     """The folder of keys, as the environment names it; no passphrase in it."""
     monkeypatch.setenv("DINOV3_KEYS", str(tmp_path / "keys"))
     monkeypatch.delenv("DINOV3_PASSPHRASE", raising=False)
+    monkeypatch.chdir(tmp_path)  # away from the checkout's own release log
     return tmp_path / "keys"
 
 
@@ -412,7 +413,7 @@ def test_list_with_a_damaged_list_of_revoked_keys_is_refused(tmp_path, capsys):
     ("spoil", "problem"),
     [
         (lambda folder: (folder / "demo.pem").chmod(0o644), "others may read this private key"),
-        (lambda folder: (folder / "demo.pub").unlink(), "demo: no public key in"),
+        (lambda folder: (folder / "demo.pub").unlink(), "no public key in"),
         (lambda folder: (folder / "demo.pub").write_text("x"), "not a public key in PEM"),
         (lambda folder: (folder / ".git").mkdir(), "where private keys get committed"),
     ],
@@ -425,6 +426,15 @@ def test_key_that_cannot_be_used_is_listed_with_the_reason(spoil, problem, folde
     assert problem in demo["problem"]
     assert main(["list"]) == 0
     assert f"demo  cannot be used here: {demo['problem']}" in capsys.readouterr().out
+
+
+def test_another_key_of_that_name_in_the_log_is_not_taken_for_the_one_listed(folder, capsys):
+    main(["new", "demo", "--no-passphrase", "--folder", "other", "--log", "data/release_log"])
+    main(["new", "demo", "--no-passphrase"])
+    (folder / "demo.pub").unlink()
+    (demo,) = list_json(capsys)["keys"]
+    assert demo["fingerprint"] is None
+    assert "no public key in" in demo["problem"]
 
 
 def test_list_of_no_keys_says_how_to_make_one(folder, capsys):
