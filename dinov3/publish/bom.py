@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dinov3.errors import DataError
 from dinov3.gates import Root
 from dinov3.publish.draft import Draft
-from dinov3.release.bill import metrics_of
-from dinov3.release.card import architecture_of
+from dinov3.release.bill import model_card_of
 from dinov3.release.contents import MODEL_NAME
 from dinov3.release.images import IMAGES_NAME
 from dinov3.release.licences import normal_form
@@ -159,31 +158,15 @@ def _licences(texts: Sequence[str]) -> list[Any]:
 
 
 def _model_card(draft: Draft) -> dict[str, Any]:
-    card = draft.config.card
-    family, architecture = architecture_of(draft.network)
-    parameters: dict[str, Any] = {
-        "approach": {"type": "self-supervised"},
-        "task": "image feature extraction",
-        "architectureFamily": family,
-        "modelArchitecture": architecture,
-        "inputs": [{"format": "image"}],
-        "outputs": [{"format": "features"}],
-    }
-    if draft.curated is not None:
-        parameters["datasets"] = [{"ref": "data:images"}]
-    return {
-        "bom-ref": f"card:{draft.name}",
-        "modelParameters": parameters,
-        "quantitativeAnalysis": {"performanceMetrics": list(metrics_of(draft.report))},
-        "considerations": {
-            "useCases": list(card.intended_uses),
-            "technicalLimitations": [*card.limitations, *_unknowns(draft)],
-        },
-    }
-
-
-def _unknowns(draft: Draft) -> list[str]:
-    return [f"Training data of {name}: unknown." for name in draft.evidence.unknown_roots]
+    return model_card_of(
+        draft.name,
+        draft.network,
+        draft.report,
+        has_images=draft.curated is not None,
+        unknown=draft.evidence.unknown_roots,
+        uses=draft.config.card.intended_uses,
+        limits=draft.config.card.limitations,
+    )
 
 
 def _validate(data: bytes) -> None:

@@ -127,8 +127,41 @@ def _model_card(
     report: Mapping[str, Any],
     component: Mapping[str, Any],
 ) -> dict[str, Any]:
-    config = contents.read_object(CONFIG_NAME, canonical=False)
-    family, architecture = architecture_of(config["model"])
+    said = component["modelCard"]["considerations"]
+    limits = _texts(said["technicalLimitations"])
+    return model_card_of(
+        head.name,
+        contents.read_object(CONFIG_NAME, canonical=False)["model"],
+        report,
+        has_images=head.images is not None,
+        unknown=chain.unknown_roots,
+        uses=_texts(said["useCases"]),
+        limits=limits[: len(limits) - len(chain.unknown_roots)],
+    )
+
+
+def model_card_of(
+    name: str,
+    network: Mapping[str, Any],
+    report: Mapping[str, Any],
+    *,
+    has_images: bool,
+    unknown: Collection[str],
+    uses: Collection[str],
+    limits: Collection[str],
+) -> dict[str, Any]:
+    """The bill's model card.
+
+    Args:
+        name: `MODEL@VERSION`.
+        network: Fields of the network in `config.json`.
+        report: Content of `evals.json`.
+        has_images: Whether a list of images is known.
+        unknown: Names of roots whose training data nobody knows.
+        uses: The signer's words on what it is for.
+        limits: Likewise on what it is not.
+    """
+    family, architecture = architecture_of(network)
     parameters: dict[str, Any] = {
         "approach": {"type": "self-supervised"},
         "task": "image feature extraction",
@@ -137,18 +170,16 @@ def _model_card(
         "inputs": [{"format": "image"}],
         "outputs": [{"format": "features"}],
     }
-    if head.images is not None:
+    if has_images:
         parameters["datasets"] = [{"ref": "data:images"}]
-    unknowns = [f"Training data of {name}: unknown." for name in chain.unknown_roots]
-    said = component["modelCard"]["considerations"]
-    limits = _texts(said["technicalLimitations"])
+    unknowns = [f"Training data of {one}: unknown." for one in unknown]
     return {
-        "bom-ref": f"card:{head.name}",
+        "bom-ref": f"card:{name}",
         "modelParameters": parameters,
         "quantitativeAnalysis": {"performanceMetrics": list(metrics_of(report))},
         "considerations": {
-            "useCases": _texts(said["useCases"]),
-            "technicalLimitations": [*limits[: len(limits) - len(unknowns)], *unknowns],
+            "useCases": list(uses),
+            "technicalLimitations": [*limits, *unknowns],
         },
     }
 
