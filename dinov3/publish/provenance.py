@@ -11,22 +11,18 @@ from typing import Any
 from dinov3 import __version__
 from dinov3.gates import Root, stem
 from dinov3.publish.draft import Draft
-from dinov3.release.contents import (
-    CHECKS_NAME,
-    CONFIG_NAME,
-    EVALS_NAME,
-    HEADS_NAME,
-    MODEL_NAME,
-    RELEASE_NAME,
-)
 from dinov3.release.images import IMAGES_NAME
 from dinov3.release.record import digest_of
-from dinov3.release.statement import BUILD_TYPE, PREDICATE_TYPE, STATEMENT_TYPE
+from dinov3.release.statement import (
+    BUILD_TYPE,
+    BYPRODUCTS,
+    PREDICATE_TYPE,
+    STATEMENT_TYPE,
+    SUBJECTS,
+    resources_of,
+)
 
 BUILDER = "urn:x-dinov3:builder:local"
-
-_SUBJECTS = (MODEL_NAME, HEADS_NAME, CONFIG_NAME, EVALS_NAME)
-_BYPRODUCTS = (CHECKS_NAME, RELEASE_NAME)
 
 
 def statement(draft: Draft, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -38,7 +34,7 @@ def statement(draft: Draft, digests: Mapping[str, str]) -> dict[str, Any]:
     """
     return {
         "_type": STATEMENT_TYPE,
-        "subject": list(_resources(digests, _SUBJECTS)),
+        "subject": list(resources_of(digests, SUBJECTS)),
         "predicateType": PREDICATE_TYPE,
         "predicate": {
             "buildDefinition": {
@@ -66,16 +62,10 @@ def statement(draft: Draft, digests: Mapping[str, str]) -> dict[str, Any]:
                     "startedOn": _timestamp(draft.began),
                     "finishedOn": _timestamp(draft.made),
                 },
-                "byproducts": list(_resources(digests, _BYPRODUCTS)),
+                "byproducts": list(resources_of(digests, BYPRODUCTS)),
             },
         },
     }
-
-
-def _resources(digests: Mapping[str, str], names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    for name in names:
-        if name in digests:
-            yield {"name": name, "digest": {"sha256": digests[name]}}
 
 
 def _dependencies(draft: Draft) -> Iterator[dict[str, Any]]:

@@ -26,8 +26,8 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:x-dinov3:build:release:1"
 
-_SUBJECTS = (MODEL_NAME, HEADS_NAME, CONFIG_NAME, EVALS_NAME)
-_BYPRODUCTS = (CHECKS_NAME, RELEASE_NAME)
+SUBJECTS = (MODEL_NAME, HEADS_NAME, CONFIG_NAME, EVALS_NAME)
+BYPRODUCTS = (CHECKS_NAME, RELEASE_NAME)
 
 
 def statement_of(
@@ -47,9 +47,10 @@ def statement_of(
     predicate = found["predicate"]
     parameters = predicate["buildDefinition"]["externalParameters"]
     record = chain.final.record
+    digests = {name: one.sha256 for name, one in contents.hashes.items()}
     return {
         "_type": STATEMENT_TYPE,
-        "subject": list(_resources(contents, _SUBJECTS)),
+        "subject": list(resources_of(digests, SUBJECTS)),
         "predicateType": PREDICATE_TYPE,
         "predicate": {
             "buildDefinition": {
@@ -65,7 +66,7 @@ def statement_of(
             "runDetails": {
                 "builder": _builder(predicate["runDetails"]["builder"]),
                 "metadata": {"invocationId": chain.final.digest, **_times(chain)},
-                "byproducts": list(_resources(contents, _BYPRODUCTS)),
+                "byproducts": list(resources_of(digests, BYPRODUCTS)),
             },
         },
     }
@@ -97,10 +98,11 @@ def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _resources(contents: Contents, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+def resources_of(digests: Mapping[str, str], names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Those of the files that are there, as in-toto writes them; `digests` are sha256 by name."""
     for name in names:
-        if name in contents.hashes:
-            yield {"name": name, "digest": {"sha256": contents.hashes[name].sha256}}
+        if name in digests:
+            yield {"name": name, "digest": {"sha256": digests[name]}}
 
 
 def _dependencies(head: Head, chain: Chain) -> Iterator[dict[str, Any]]:
